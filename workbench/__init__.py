@@ -1,0 +1,39 @@
+"""workbench: watch DeepSeek-V4 work.
+
+The public names below are loaded when first used, so that ``import workbench`` needs neither torch nor plotly.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "checkpoint",
+    "run": "live",
+    "LiveRun": "live",
+    "Trace": "trace",
+    "Timeline": "trace",
+    "Span": "trace",
+    "kv_bytes": "cost",
+    "attention_tile": "figures.attention",
+    "AttentionExplorer": "widgets.attention",
+    "KVCacheGrowth": "widgets.memory",
+    "OverlapTimeline": "widgets.timeline",
+    "RunControls": "widgets.controls",
+    "WorkbenchError": "errors",
+    "InputError": "errors",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    value = getattr(import_module(f"workbench.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access is a plain look-up
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,330 @@
+"""What a run recorded: plain numpy arrays and spans. Knows nothing of torch, models, figures or widgets.
+
+One letter sizes: L tokens, H heads, W window, K kept entries, S compressed entries, N steps, R Engram rows per token,
+M mHC streams. A *step* is one call of the model: a prefill chunk or one decoded token.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from workbench.errors import InputError
+
+Origin = Literal["measured", "modelled", "recorded"]
+FORMAT, VERSION = "workbench-trace", 1
+ARRAYS_FILE, MANIFEST_FILE = "arrays.npz", "trace.json"
+MAX_BYTES = 8 * 2**30  # a manifest that asks for more than this is refused before anything is allocated
+# Beyond this many tokens of context a row over all entries is max-pooled, so that memory grows with L and never with L x L.
+FULL_ROW_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One piece of work on one lane; times are seconds since the run began."""
+
+    lane: str  # "compute", "transfer", "lookup", "stall", or a stream's name in an imported trace
+    name: str
+    step: int
+    start_s: float
+    end_s: float
+    origin: Origin = "measured"
+    after: tuple[str, ...] = ()  # names of the spans it had to wait for
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start_s <= self.end_s:
+            raise InputError(f"span {self.name!r} runs from {self.start_s} s to {self.end_s} s")
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Spans on one clock; ``device`` says where they were measured, ``note`` what a reader must know about them."""
+
+    origin: Origin
+    spans: tuple[Span, ...]
+    device: str = ""
+    note: str = ""
+
+    def of_step(self, step: int) -> Timeline:
+        return Timeline(self.origin, tuple(s for s in self.spans if s.step == step), self.device, self.note)
+
+    @property
+    def lookup_s(self) -> float:
+        return sum(s.end_s - s.start_s for s in self.spans if s.lane == "lookup")
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds the compute lane stood still because rows were not there yet."""
+        return sum(s.end_s - s.start_s for s in self.spans if s.lane == "stall")
+
+    @property
+    def hidden_fraction(self) -> float:
+        """1 - stall / lookup, the share of the lookup that compute covered; NaN without any lookup."""
+        return 1.0 - self.stall_s / self.lookup_s if self.lookup_s > 0 else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """What one attention layer did for each of L query tokens (batch entry 0).
+
+    ``window_probs`` [L, H, W] float16: column w is token t - W + 1 + w, the last one the query itself; 0 before token 0.
+    ``sink_probs`` [L, H] float16. CSA only: ``selected`` [L, K] int32 entries, best first, -1 where none was left;
+    ``selected_scores`` [L, K] float32 index scores; ``selected_probs`` [L, H, K] float16; ``runner_up`` [L] int32 and
+    ``runner_up_scores`` [L] float32, the best entry that was not kept (-1, NaN if none); ``index_queries`` [L, Hi, Di],
+    ``index_weights`` [L, Hi], ``index_keys`` [S, Di], from which any row of scores is recomputed (``index_scores``).
+    HCA only: ``entry_probs`` [L, H, E] float16 over all entries; column c of row t is the maximum over entries
+    c * p .. c * p + p - 1 with p = ``entry_pooling(t)``, which is 1 up to 2,048 tokens of context.
+    """
+
+    layer: int
+    kind: str
+    ratio: int
+    window_probs: np.ndarray
+    sink_probs: np.ndarray
+    selected: np.ndarray | None = None
+    selected_scores: np.ndarray | None = None
+    selected_probs: np.ndarray | None = None
+    runner_up: np.ndarray | None = None
+    runner_up_scores: np.ndarray | None = None
+    index_queries: np.ndarray | None = None
+    index_weights: np.ndarray | None = None
+    index_keys: np.ndarray | None = None
+    entry_probs: np.ndarray | None = None
+
+    @property
+    def length(self) -> int:
+        return self.window_probs.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.window_probs.shape[1]
+
+    @property
+    def window(self) -> int:
+        return self.window_probs.shape[2]
+
+    @property
+    def entries(self) -> int:
+        """Compressed entries complete at the end of the trace."""
+        return self.length // self.ratio if self.ratio else 0
+
+    def visible_entries(self, t: int) -> int:
+        """How many entries are complete before the output of token ``t``: floor((t + 1) / ratio)."""
+        return (t + 1) // self.ratio if self.ratio else 0
+
+    def entry_tokens(self, entry: int) -> tuple[int, int]:
+        """First and last source token of an entry; CSA's overlapping compressor also reads the block before its own."""
+        if not 0 <= entry < self.entries:
+            raise InputError(f"layer {self.layer} has entries 0..{self.entries - 1}, got {entry}")
+        first = entry * self.ratio
+        return (max(0, first - self.ratio) if self.kind == "csa" else first, first + self.ratio - 1)
+
+    def entry_pooling(self, t: int) -> int:
+        return entry_pooling(t)
+
+    def index_scores(self, t: int) -> np.ndarray:
+        """All index scores of query ``t`` over its visible entries, [visible] float32, recomputed from recorded q, w, k.
+
+        I[t, s] = sum_h w[t, h] relu(q[t, h] . k[s])   (DeepSeek-V4 lightning indexer, reference section 2.2)
+        """
+        if self.index_queries is None or self.index_weights is None or self.index_keys is None:
+            raise InputError(f"layer {self.layer} is a {self.kind} layer and has no lightning indexer; choose a csa layer")
+        keys = self.index_keys[: self.visible_entries(t)].astype(np.float32)  # [S, Di]
+        relu = np.maximum(self.index_queries[t].astype(np.float32) @ keys.T, 0.0)  # [Hi, S]
+        return self.index_weights[t].astype(np.float32) @ relu
+
+
+def entry_pooling(t: int) -> int:
+    """Entries per recorded column for query ``t``: the power of two that keeps a row within 2,048 tokens' worth of entries."""
+    pooling = 1
+    while pooling * FULL_ROW_TOKENS < t + 1:
+        pooling *= 2
+    return pooling
+
+
+@dataclass(frozen=True, slots=True)
+class EngramTrace:
+    """Rows fetched and gates applied by one Engram layer: ``rows`` [L, R] int64, ``gates`` [L, M] float16."""
+
+    layer: int
+    rows: np.ndarray
+    gates: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)  # compared by identity: widgets of one trace share a session
+class Trace:
+    """Everything one run recorded. ``save`` and ``load`` keep it in a folder of plain arrays and JSON, never code.
+
+    ``what`` is the label every picture shows ("toy, trained", "true size, random weights"), ``origin`` whether it was
+    measured in this session, or loaded ("recorded"). ``step_starts`` [N] first token of each step; ``cache_bytes`` maps part
+    to bytes held after each step [N], ``cache_reserved`` [N] the room beyond them. ``top_ids`` / ``top_probs`` [N, 5]: the
+    model's best guesses for the token after each step, ``next_ids`` [N] the token that followed, -1 if none was chosen.
+    """
+
+    model: str
+    what: str
+    device: str
+    config: dict[str, Any]
+    token_ids: np.ndarray  # [L] int32
+    token_texts: tuple[str, ...]
+    prompt_length: int
+    layers: tuple[LayerTrace, ...] = ()
+    engram: tuple[EngramTrace, ...] = ()
+    timeline: Timeline = Timeline("measured", ())
+    step_starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    cache_bytes: dict[str, np.ndarray] = field(default_factory=dict)
+    cache_reserved: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    top_ids: np.ndarray = field(default_factory=lambda: np.zeros((0, 5), np.int32))
+    top_probs: np.ndarray = field(default_factory=lambda: np.zeros((0, 5), np.float32))
+    next_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    storage: str = "fp32"
+    origin: Origin = "measured"
+    notes: dict[str, Any] = field(default_factory=dict)  # plain values, e.g. where the needle was hidden
+
+    @property
+    def length(self) -> int:
+        """Tokens the model has processed; ``token_texts`` may hold one more, chosen and not yet fed back."""
+        return int(self.token_ids.shape[0])
+
+    @property
+    def steps(self) -> int:
+        return int(self.step_starts.shape[0])
+
+    def step_end(self, step: int) -> int:
+        """Tokens in the cache after ``step``."""
+        return int(self.step_starts[step + 1]) if step + 1 < self.steps else self.length
+
+    def step_of_token(self, t: int) -> int:
+        """The step that processed token ``t``."""
+        return int(np.searchsorted(self.step_starts, t, side="right")) - 1
+
+    def layer(self, number: int) -> LayerTrace:
+        for layer in self.layers:
+            if layer.layer == number:
+                return layer
+        raise InputError(f"trace has layers {[layer.layer for layer in self.layers]}, got {number}")
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} ({self.what}), {self.origin} on {self.device}"
+
+    def save(self, folder: str | Path, *, half: bool = False) -> Path:
+        """Write ``trace.json`` and ``arrays.npz`` into ``folder`` (made if missing) and return it.
+
+        ``half=True`` keeps indexer queries and keys in float16, for small traces that ship; recomputed scores then agree
+        to about 1e-3.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give a folder to save the trace in")
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays, manifest = _pack(self)
+        if half:
+            arrays = {k: v.astype(np.float16) if k.split(".")[-1].startswith("index_") else v for k, v in arrays.items()}
+        manifest["arrays"] = {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()}
+        temporary = folder / (ARRAYS_FILE + ".part")
+        with temporary.open("wb") as out:
+            np.savez_compressed(out, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        temporary.replace(folder / ARRAYS_FILE)
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trace:
+        """Read what ``save`` wrote. A missing, truncated, altered or foreign folder raises one InputError."""
+        folder = Path(folder)
+        if not (folder / MANIFEST_FILE).is_file() or not (folder / ARRAYS_FILE).is_file():
+            raise InputError(f"{folder} is no saved trace: expected {MANIFEST_FILE} and {ARRAYS_FILE} in it")
+        try:
+            manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+            if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+                raise InputError(f"{folder} holds no {FORMAT} of version {VERSION}; save it again with this workbench")
+            declared = manifest["arrays"]
+            total = sum(np.dtype(kind).itemsize * int(np.prod(shape, dtype=np.int64)) for kind, shape in declared.values())
+            if not 0 <= total <= MAX_BYTES:
+                raise InputError(f"{folder} declares {total} bytes of arrays; at most {MAX_BYTES} are read")
+            return _unpack(manifest, _read_arrays(folder / ARRAYS_FILE, declared))
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{folder} is damaged or foreign ({type(error).__name__}: {error}); save the trace again") from None
+
+
+_PLAIN = ("model", "what", "device", "config", "prompt_length", "storage", "notes")
+_ARRAYS = ("token_ids", "step_starts", "cache_reserved", "top_ids", "top_probs", "next_ids")
+
+
+def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays = {name: getattr(trace, name) for name in _ARRAYS}
+    arrays |= {f"cache.{part}": held for part, held in trace.cache_bytes.items()}
+    for group, records in (("layer", trace.layers), ("engram", trace.engram)):
+        for i, record in enumerate(records):
+            values = {f.name: getattr(record, f.name) for f in fields(record)}
+            arrays |= {f"{group}.{i}.{name}": v for name, v in values.items() if isinstance(v, np.ndarray)}
+    spans = trace.timeline.spans
+    arrays["span.times"] = np.array([(s.start_s, s.end_s) for s in spans], np.float64).reshape(-1, 2)
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION} | {name: getattr(trace, name) for name in _PLAIN}
+    manifest["token_texts"] = list(trace.token_texts)
+    manifest["layers"] = [{"layer": x.layer, "kind": x.kind, "ratio": x.ratio} for x in trace.layers]
+    manifest["engram"] = [{"layer": x.layer} for x in trace.engram]
+    manifest["timeline"] = {"device": trace.timeline.device, "note": trace.timeline.note}
+    manifest["spans"] = [[s.lane, s.name, s.step, list(s.after)] for s in spans]
+    return arrays, manifest
+
+
+def _read_arrays(path: Path, declared: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        if set(stored.files) != set(declared):
+            raise InputError(f"{path} does not hold the arrays its manifest lists; save the trace again")
+        arrays = {}
+        for name, (kind, shape) in declared.items():
+            size = stored.zip.getinfo(f"{name}.npy").file_size  # refuse before decompressing more than was declared
+            if size > np.dtype(kind).itemsize * int(np.prod(shape, dtype=np.int64)) + 4096:
+                raise InputError(f"{path}: array {name!r} is larger than its manifest says; save the trace again")
+            arrays[name] = stored[name]
+            if arrays[name].dtype != np.dtype(kind) or list(arrays[name].shape) != list(shape):
+                raise InputError(f"{path}: array {name!r} differs from its manifest; save the trace again")
+    return arrays
+
+
+def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
+    def record(kind: type, group: str, i: int, plain: dict[str, Any]) -> Any:
+        names = {f.name for f in fields(kind)}
+        start = f"{group}.{i}."
+        stored = {k[len(start) :]: v for k, v in arrays.items() if k.startswith(start) and k[len(start) :] in names}
+        return kind(**plain, **stored)
+
+    times = arrays["span.times"]
+    spans = tuple(
+        Span(lane, name, step, float(start), float(end), "recorded", tuple(after))
+        for (lane, name, step, after), (start, end) in zip(manifest["spans"], times, strict=True)
+    )
+    trace = Trace(
+        **{name: manifest[name] for name in _PLAIN},
+        **{name: arrays[name] for name in _ARRAYS},
+        token_texts=tuple(manifest["token_texts"]),
+        layers=tuple(record(LayerTrace, "layer", i, plain) for i, plain in enumerate(manifest["layers"])),
+        engram=tuple(record(EngramTrace, "engram", i, plain) for i, plain in enumerate(manifest["engram"])),
+        timeline=Timeline("recorded", spans, **manifest["timeline"]),
+        cache_bytes={name[6:]: a for name, a in arrays.items() if name.startswith("cache.")},
+        origin="recorded",
+    )
+    _check(trace)
+    return trace
+
+
+def _check(trace: Trace) -> None:
+    """The shapes that figures rely on, so that a foreign file fails here and not inside a picture."""
+    length = trace.length
+    if not 0 <= trace.prompt_length <= length or len(trace.token_texts) < length:
+        raise InputError(f"a trace of {length} tokens has {len(trace.token_texts)} texts and prompt_length {trace.prompt_length}")
+    for record in (*trace.layers, *trace.engram):
+        for name, value in asdict(record).items():
+            if isinstance(value, np.ndarray) and name != "index_keys" and value.shape[0] != length:
+                raise InputError(f"layer {record.layer}: {name} has {value.shape[0]} rows for {length} tokens")
