@@ -47,6 +47,7 @@ class EngramConfig:
 
     layer_ids: tuple[int, ...]
     vocab_size: int
+    compressed_vocab_size: int  # distinct canonical ids after tokenizer compression; every hash multiplier depends on it
     max_ngram_size: int = 3
     n_heads: int = 8
     head_dim: int = 64

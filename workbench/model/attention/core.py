@@ -1,0 +1,78 @@
+"""The shared attention core: one softmax over a sliding window, compressed entries and a learned sink.
+
+Keys and values are the same tensor and one KV head serves all query heads. Letters: B batch, T queries, H heads, D head
+dim, W window, S entries, K entries gathered per query. (reference/deepseek-v4.md, section 1.2)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Attended(NamedTuple):
+    """out [B, T, H, D]; probabilities over window keys (block layout, see ``window_rows``), entries and the sink [B, T, H]."""
+
+    out: Tensor
+    window_probs: Tensor  # [B, T, H, J]
+    entry_probs: Tensor  # [B, T, H, S or K]
+    sink_probs: Tensor
+
+
+def attend(q: Tensor, keys: Tensor, window: int, start: int, entries: Tensor, visible: Tensor, sinks: Tensor) -> Attended:
+    """p = softmax([q . k / sqrt(D) over window and visible entries ; sink]);  out = sum p k, the sink having value 0.
+
+    q [B, T, H, D] for positions start..start+T-1; keys [B, W - 1 + T, D], the window keys of the W - 1 positions before
+    ``start`` (anything where they lie before 0) and the new ones; entries [B, S, D] shared by all queries with visible [T, S], or
+    gathered per query [B, T, K, D] with visible [B, T, K]. Window work is done in blocks of W queries against 2 W - 1 keys.
+    """
+    batch, t, heads, d = q.shape
+    block = min(window, t)
+    blocks = -(-t // block)
+    padding = blocks * block - t
+    span = block + window - 1
+    pad_queries = (0, 0, 0, 0, 0, padding)
+    queries = F.pad(q, pad_queries).view(batch, blocks, block * heads, d)
+    near = F.pad(keys, (0, 0, 0, padding)).unfold(1, span, block)  # [B, n, D, J]
+    scale = d**-0.5
+    window_logits = torch.matmul(queries, near).view(batch, blocks * block, heads, span)[:, :t]
+    window_logits = (window_logits.float() * scale).masked_fill(~window_mask(t, window, start, q.device).unsqueeze(1), -torch.inf)
+    shared = entries.dim() == 3
+    if shared:
+        entry_logits = torch.matmul(q.flatten(1, 2), entries.transpose(1, 2)).view(batch, t, heads, -1)
+        visible = visible.unsqueeze(0)
+    else:
+        entry_logits = torch.matmul(q, entries.transpose(2, 3))
+    entry_logits = (entry_logits.float() * scale).masked_fill(~visible.unsqueeze(2), -torch.inf)
+    sink_logits = sinks.float().view(1, 1, heads, 1).expand(batch, t, heads, 1)
+    probs = torch.softmax(torch.cat([window_logits, entry_logits, sink_logits], dim=-1), dim=-1)
+    window_probs, entry_probs, sink_probs = probs.split([span, entry_logits.shape[-1], 1], dim=-1)
+    weights = F.pad(window_probs.to(q.dtype), pad_queries).reshape(batch, blocks, block * heads, span)
+    out = torch.matmul(weights, near.transpose(2, 3)).view(batch, blocks * block, heads, d)[:, :t]
+    if entry_logits.shape[-1]:
+        p = entry_probs.to(q.dtype)
+        out = out + (torch.matmul(p.flatten(1, 2), entries).view_as(out) if shared else torch.matmul(p, entries))
+    return Attended(out, window_probs, entry_probs, sink_probs.squeeze(-1))
+
+
+def window_mask(t: int, window: int, start: int, device: torch.device) -> Tensor:
+    """[T, J] True where key column j of a query's block lies in its window and not before position 0.
+
+    Query i of a block sees columns i..i+W-1, the last one itself.
+    """
+    block = min(window, t)
+    query = torch.arange(t, device=device).unsqueeze(1)
+    behind = torch.arange(block + window - 1, device=device) - query % block - (window - 1)  # key position - query position
+    return (behind <= 0) & (behind > -window) & (start + query + behind >= 0)
+
+
+def window_rows(window_probs: Tensor, window: int) -> Tensor:
+    """Straighten block columns into [B, T, H, W]: column w is the key W - 1 - w tokens before the query."""
+    t = window_probs.shape[1]
+    block = min(window, t)
+    first = torch.arange(t, device=window_probs.device) % block
+    columns = first.unsqueeze(1) + torch.arange(window, device=window_probs.device)  # [T, W]
+    return window_probs.gather(-1, columns.view(1, t, 1, window).expand(*window_probs.shape[:3], window))

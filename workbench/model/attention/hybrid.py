@@ -1,0 +1,151 @@
+"""V4's attention layers: sliding window alone, window + CSA entries chosen by the indexer, window + all HCA entries.
+
+Prefill, chunked prefill and decode are this one code path. Letters: B batch, T new tokens, H heads, D head dim, S entries,
+K kept entries. (reference/deepseek-v4.md, sections 1 to 4)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.config import ModelConfig
+from workbench.model.attention.core import attend, window_rows
+from workbench.model.compressor import Compressor
+from workbench.model.indexer import Indexer, IndexQueries, Selection, select_entries
+from workbench.model.kv_cache import LayerCache
+from workbench.model.layers import GroupedProjection, RMSNorm, Tap, rotate
+
+CHUNK_ELEMENTS = 2**21  # logits and gathered values held at once; the query chunk shrinks as the context grows
+MAX_QUERIES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What a recorder or a training loss sees of one chunk of queries, positions start..start+T-1.
+
+    window_probs [B, T, H, W], column w being the key W - 1 - w tokens back; sink_probs [B, T, H]. CSA: selection (K entries, best
+    first) with entry_probs [B, T, H, K] in the same order, and the runner-up, the best entry left out. HCA: entry_probs
+    [B, T, H, S] over all entries.
+    """
+
+    start: int
+    window_probs: Tensor
+    sink_probs: Tensor
+    entry_probs: Tensor
+    selection: Selection | None = None
+    runner_up: Selection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where the new tokens stand, worked out once for all layers: turns [T, R / 2] of window-only and compressed layers."""
+
+    start: int
+    window_turns: Tensor
+    compressed_turns: Tensor
+    topk: int | None = None  # entries to keep instead of the configured number
+
+
+class HybridAttention(nn.Module):
+    """Shared-KV multi-query attention with partial interleaved RoPE, undone on the output, and grouped output projection."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        heads, d = config.num_attention_heads, config.head_dim
+        self.kind, self.heads, self.head_dim, self.eps = kind, heads, d, config.rms_norm_eps
+        self.window, self.topk = config.sliding_window, config.index_topk
+        self.ratio = {"window": 0, "csa": config.csa_ratio, "hca": config.hca_ratio}[kind]
+        self.wq_a = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
+        self.wq_b = nn.Linear(config.q_lora_rank, heads * d, bias=False)
+        self.wkv = nn.Linear(config.hidden_size, d, bias=False)
+        self.kv_norm = RMSNorm(d, self.eps)
+        self.attn_sink = nn.Parameter(torch.zeros(heads))
+        self.wo_a = GroupedProjection(config.o_groups, heads * d, config.o_lora_rank)
+        self.wo_b = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
+        if kind != "window":
+            self.compressor = Compressor(config, d, self.ratio, overlapping=kind == "csa")
+        if kind == "csa":
+            self.indexer = Indexer(config)
+        self.attention_tap = Tap()
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]; the cache, if given, takes in the T tokens."""
+        turns = at.window_turns if self.kind == "window" else at.compressed_turns
+        qr = self.q_norm(self.wq_a(x))
+        q = self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim))
+        q = rotate(F.rms_norm(q, q.shape[-1:], eps=self.eps), turns.unsqueeze(1))
+        new = rotate(self.kv_norm(self.wkv(x)), turns)
+        keys = self._with_past(new, cache)
+        entries = self._entries(x, at.start, cache)
+        index = None
+        if self.kind == "csa":
+            index = self.indexer(x, qr, turns, at.start, cache)
+        outputs = []
+        for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], entries.shape[1], at.topk or self.topk)):
+            mine = slice(first, first + step)
+            near = keys[:, first : first + self.window - 1 + q[:, mine].shape[1]]
+            outputs.append(self._attend(q[:, mine], near, at.start + first, entries, index, mine, at.topk))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.wo_b(self.wo_a(rotate(out, turns.conj().unsqueeze(1)).flatten(2)))
+
+    def _with_past(self, new: Tensor, cache: LayerCache | None) -> Tensor:
+        """[B, W - 1 + T, D]: the window keys before the new tokens, zeros where the sequence had not begun, and the new ones."""
+        if cache is None:
+            return F.pad(new, (0, 0, self.window - 1, 0))
+        past = cache.window.last(min(cache.window.length, self.window - 1)).to(new.dtype)
+        cache.window.append(new)
+        return torch.cat([F.pad(past, (0, 0, self.window - 1 - past.shape[1], 0)), new], dim=1)
+
+    def _entries(self, x: Tensor, start: int, cache: LayerCache | None) -> Tensor:
+        """All compressed entries complete after the new tokens, [B, S, D]; none in a window-only layer."""
+        if self.kind == "window":
+            return x.new_zeros(x.shape[0], 0, self.head_dim)
+        entries = self.compressor(x, start, cache.tail if cache else None)
+        if cache is None or cache.compressed is None:
+            return entries
+        cache.compressed.append(entries)
+        return cache.compressed.rows.to(x.dtype)
+
+    def _queries_per_chunk(self, batch: int, entries: int, topk: int) -> int:
+        kept = min(entries, topk) if self.kind == "csa" else entries
+        gathered = kept * self.head_dim if kept < entries else 0
+        per_query = batch * (self.heads * (2 * self.window + kept) + gathered + (entries if self.kind == "csa" else 0))
+        return max(1, min(MAX_QUERIES, CHUNK_ELEMENTS // max(1, per_query)))
+
+    def _attend(
+        self, q: Tensor, keys: Tensor, start: int, entries: Tensor, index: IndexQueries | None, mine: slice, topk: int | None
+    ) -> Tensor:
+        """One chunk of queries from position ``start`` on."""
+        t = q.shape[1]
+        positions = torch.arange(start, start + t, device=q.device)
+        closed = (positions + 1) // self.ratio if self.ratio else positions * 0  # entries complete at each query
+        listening = self.attention_tap.listening
+        selection = runner_up = None
+        if index is not None and entries.shape[1]:
+            kept = min(topk or self.topk, entries.shape[1])
+            best = select_entries(index.q[:, mine], index.w[:, mine], index.k, closed, kept + 1 if listening else kept)
+            selection = Selection(best.scores[..., :kept], best.entries[..., :kept])
+            runner_up = Selection(best.scores[..., kept:], best.entries[..., kept:])
+        if selection is None or selection.entries.shape[-1] == entries.shape[1]:  # nothing is left out: no need to gather
+            visible = torch.arange(entries.shape[1], device=q.device) < closed.unsqueeze(-1)
+            done = attend(q, keys, self.window, start, entries, visible, self.attn_sink)
+            shared = True
+        else:
+            chosen = selection.entries.clamp(min=0)  # [B, T, K]
+            flat = chosen.flatten(1).unsqueeze(-1).expand(-1, -1, self.head_dim)
+            gathered = entries.gather(1, flat).view(*chosen.shape, self.head_dim)  # [B, T, K, D]
+            done = attend(q, keys, self.window, start, gathered, selection.entries >= 0, self.attn_sink)
+            shared = False
+        if listening:
+            entry_probs = done.entry_probs
+            if selection is not None and shared:  # into the order of the selection
+                order = selection.entries.clamp(min=0).unsqueeze(2).expand(-1, -1, self.heads, -1)
+                entry_probs = entry_probs.gather(-1, order) * (selection.entries >= 0).unsqueeze(2)
+            near = window_rows(done.window_probs, self.window)
+            self.attention_tap(Attention(start, near, done.sink_probs, entry_probs, selection, runner_up))
+        return done.out

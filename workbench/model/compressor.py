@@ -1,0 +1,66 @@
+"""Token-dimension compression: R tokens become one entry, gated per channel by a softmax over the tokens it reads.
+
+CSA's blocks overlap: entry j reads the "a" series of block j-1 and the "b" series of block j. HCA's do not.
+Letters: B batch, T tokens, R ratio, D width of an entry. (reference/deepseek-v4.md, sections 2.1 and 3)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from workbench.config import ModelConfig
+from workbench.model.kv_cache import BlockTail
+from workbench.model.layers import RMSNorm, Rotary, rotate
+
+
+class Compressor(nn.Module):
+    """C_j = RoPE_{jR}(RMSNorm(sum_rows softmax_rows(Wgate x + ape) * Wkv x)), per channel over the rows entry j reads."""
+
+    def __init__(self, config: ModelConfig, width: int, ratio: int, overlapping: bool) -> None:
+        super().__init__()
+        self.ratio, self.width, self.overlapping = ratio, width, overlapping
+        series = 2 * width if overlapping else width
+        self.wkv = nn.Linear(config.hidden_size, series, bias=False)
+        self.wgate = nn.Linear(config.hidden_size, series, bias=False)
+        self.ape = nn.Parameter(torch.zeros(ratio, series))
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.rotary = Rotary(config, compressed=True)
+
+    def forward(self, x: Tensor, start: int, tail: BlockTail | None) -> Tensor:
+        """x [B, T, C] at positions start..start+T-1 -> the entries these tokens complete, [B, n, D]; the tail moves on.
+
+        Without a tail the call must begin a sequence (start 0) and the rest of an open block is dropped.
+        """
+        batch, ratio = x.shape[0], self.ratio
+        row = torch.arange(start, start + x.shape[1], device=x.device) % ratio
+        weight_type = self.wkv.weight.dtype
+        x = x.to(weight_type)
+        pair = torch.stack([self.wkv(x).float(), self.wgate(x).float() + self.ape[row].float()])  # values, scores [2, B, T, w]
+        if tail is not None and tail.count:
+            pair = torch.cat([tail.open, pair], dim=2)
+        blocks = pair.shape[2] // ratio
+        rest = pair[:, :, blocks * ratio :]
+        closed = pair[:, :, : blocks * ratio].unflatten(2, (blocks, ratio))  # [2, B, n, R, w]
+        if blocks == 0:
+            if tail is not None:
+                tail.keep(rest, None, 0)
+            return x.new_zeros(batch, 0, self.width)
+        finished_before = tail.blocks if tail is not None else 0
+        rows = closed
+        if self.overlapping:
+            a, b = closed.split(self.width, dim=-1)
+            before = tail.overlap.unsqueeze(2) if tail is not None else _nothing_before(a[:, :, :1])
+            rows = torch.cat([torch.cat([before, a[:, :, :-1]], dim=2), b], dim=3)  # [2, B, n, 2R, D]
+        if tail is not None:
+            tail.keep(rest, closed[:, :, -1, :, : self.width] if self.overlapping else None, blocks)
+        values, scores = rows
+        pooled = self.norm((torch.softmax(scores, dim=2) * values).sum(2).to(weight_type))
+        positions = torch.arange(finished_before, finished_before + blocks, device=x.device) * ratio
+        return rotate(pooled, self.rotary(positions))
+
+
+def _nothing_before(a: Tensor) -> Tensor:
+    """The missing predecessor of block 0: value 0 with score -inf, so it gets no weight. a [2, B, 1, R, D]."""
+    values, scores = torch.zeros_like(a[0]), torch.full_like(a[1], -torch.inf)
+    return torch.stack([values, scores])

@@ -1,0 +1,105 @@
+"""The small parts every layer is made of: RMS norms, rotary tables, the grouped output projection, and taps.
+
+Letters: B batch, T tokens, H heads, D head dim, R rotary channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.config import ModelConfig, RopeConfig
+
+
+class Tap(nn.Module):
+    """Hands a value through unchanged. A recorder listens with a forward hook; nobody listening costs nothing."""
+
+    def forward(self, value):  # type: ignore[no-untyped-def]  # whatever passes, passes
+        return value
+
+    @property
+    def listening(self) -> bool:
+        """True while somebody records here, so that values made only for recording can be left out otherwise."""
+        return bool(self._forward_hooks)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rotary_frequencies(channels: int, theta: float, rope: RopeConfig | None = None) -> Tensor:
+    """Angles per token, one per channel pair, [channels / 2] float32; YaRN-stretched when ``rope.factor`` is above 1.
+
+    YaRN only changes frequencies here: V4 multiplies neither cos/sin nor the softmax scale (reference section 1.1).
+    """
+    pairs = torch.arange(0, channels, 2, dtype=torch.float32)
+    frequencies = theta ** -(pairs / channels)
+    if rope is None or rope.factor == 1:
+        return frequencies
+
+    def pair_with_turns(turns: float) -> float:
+        return channels * math.log(rope.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with_turns(rope.beta_fast)), 0)
+    high = min(math.ceil(pair_with_turns(rope.beta_slow)), channels - 1)
+    span = high - low or 0.001
+    ramp = ((torch.arange(channels // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+
+
+class Rotary(nn.Module):
+    """Turns positions into unit complex numbers for ``rotate``; window-only layers use another base and no YaRN."""
+
+    def __init__(self, config: ModelConfig, compressed: bool) -> None:
+        super().__init__()
+        rope = config.compress_rope if compressed else None
+        theta = rope.theta if rope else config.rope_theta
+        frequencies = rotary_frequencies(config.qk_rope_head_dim, theta, rope)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions [T] -> e^(i * position * frequency) [T, R / 2] complex64."""
+        angles = positions.float().unsqueeze(-1) * self.frequencies
+        return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the trailing R channels of x, pairs (2i, 2i+1), by ``turns``; its conjugate rotates back.
+
+    x [..., D]; turns complex, broadcastable to [..., R / 2].
+    """
+    channels = 2 * turns.shape[-1]
+    still, moving = x[..., :-channels], x[..., -channels:]
+    pairs = torch.view_as_complex(moving.float().unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return torch.cat([still, turned], dim=-1)
+
+
+class GroupedProjection(nn.Module):
+    """The first half of V4's output projection: each group of heads is projected by itself (reference section 1.3).
+
+    Stored as one matrix [groups * rank, inputs per group], as released.
+    """
+
+    def __init__(self, groups: int, inputs: int, rank: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * rank, inputs // groups))
+        nn.init.uniform_(self.weight, -((inputs // groups) ** -0.5), (inputs // groups) ** -0.5)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """heads [B, T, inputs] -> [B, T, groups * rank]."""
+        grouped = heads.unflatten(-1, (self.groups, -1))  # [B, T, G, inputs / G]
+        weight = self.weight.view(self.groups, -1, grouped.shape[-1])  # [G, rank, inputs / G]
+        return torch.einsum("btgi,gri->btgr", grouped, weight).flatten(-2)

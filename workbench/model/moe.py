@@ -1,0 +1,104 @@
+"""Mixture of experts as in V4: sqrt-softplus scores, hash-routed first layers, one shared expert.
+
+Letters: N tokens (batch and time flattened), C model dim, E experts, K experts per token, I expert width.
+(reference/deepseek-v4.md, section 7)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.config import ModelConfig
+from workbench.model.layers import Tap
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit): the gate is bounded from above only."""
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+class Gate(nn.Module):
+    """Chooses K experts per token and weighs them.
+
+    Score layers take the top K of s + bias, hash layers read the experts of a token id from a table; the weights
+    always come from the scores without the bias: w_e = s_e / sum(s) * routed_scaling_factor.
+    """
+
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
+        super().__init__()
+        experts, k = config.n_routed_experts, config.num_experts_per_tok
+        self.k, self.scaling = k, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.randn(experts, config.hidden_size) * config.hidden_size**-0.5)
+        if hashed:
+            # A fixed pseudo-random table until a checkpoint brings its own: k distinct experts per token id.
+            table = torch.rand(config.vocab_size, experts, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :k]
+            self.register_buffer("tid2eid", table.contiguous())
+        else:
+            self.register_buffer("bias", torch.zeros(experts))
+        self.hashed = hashed
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, C], token ids [N] -> weights [N, K] and expert numbers [N, K]."""
+        scores = F.softplus(F.linear(x.float(), self.weight.float())).sqrt()
+        chosen = self.tid2eid[ids] if self.hashed else (scores + self.bias).topk(self.k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, chosen)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling, chosen
+
+
+class Experts(nn.Module):
+    """All routed experts, stacked: w13 [E, 2I, C] holds gate rows first, then up rows; w2 [E, C, I]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        e, i, c = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.limit = config.swiglu_limit
+        self.w13 = nn.Parameter(torch.empty(e, 2 * i, c).uniform_(-(c**-0.5), c**-0.5))
+        self.w2 = nn.Parameter(torch.empty(e, c, i).uniform_(-(i**-0.5), i**-0.5))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        order = chosen.flatten().argsort(stable=True)  # assignments grouped by expert
+        tokens = order // chosen.shape[1]
+        share = weights.flatten()[order].to(x.dtype).unsqueeze(-1)
+        counts = torch.bincount(chosen.flatten(), minlength=self.w13.shape[0]).tolist()
+        first = 0
+        for expert, count in enumerate(counts):
+            if count:
+                mine = slice(first, first + count)
+                gate, up = F.linear(x[tokens[mine]], self.w13[expert]).chunk(2, dim=-1)
+                y = F.linear(clamped_swiglu(gate, up, self.limit), self.w2[expert])
+                out = out.index_add(0, tokens[mine], y * share[mine])
+                first += count
+        return out
+
+
+class SharedExpert(nn.Module):
+    """The expert every token visits, with weight one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.moe_intermediate_size * config.n_shared_experts
+        self.limit = config.swiglu_limit
+        self.w1 = nn.Linear(config.hidden_size, width, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, width, bias=False)
+        self.w2 = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(clamped_swiglu(self.w1(x), self.w3(x), self.limit))
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
+        super().__init__()
+        self.gate = Gate(config, hashed)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+        self.routing_tap = Tap()
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [B, T, C], ids [B, T] -> [B, T, C]."""
+        flat = x.flatten(0, 1)
+        weights, chosen = self.routing_tap(self.gate(flat, ids.flatten()))
+        return (self.experts(flat, weights, chosen) + self.shared_experts(flat)).view_as(x)
