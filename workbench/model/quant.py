@@ -48,8 +48,8 @@ def dequantise_fp8_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int] 
         size, tiles = weight.shape[axis], scale.shape[axis]
         step = given or _block_size(size, tiles)
         if not step or -(-size // step) != tiles:
-            raise InputError(f"scales {_shape(scale)} do not tile FP8 weights {_shape(weight)} in blocks of {block or 'any size'}")
-        factors = factors.repeat_interleave(step, dim=axis).narrow(axis, 0, size)
+            raise InputError(f"scales {_shape(scale)} do not tile FP8 weights {_shape(weight)} ({block or 'one size'})")
+        factors = factors.repeat_interleave(min(step, size), dim=axis).narrow(axis, 0, size)
     return _finite(out.mul_(factors), "FP8 tensor")
 
 

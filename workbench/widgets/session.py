@@ -7,7 +7,9 @@ the run's own thread never draws.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +21,16 @@ from workbench.trace import Trace
 if TYPE_CHECKING:
     from workbench.live import LiveRun
 
+log = logging.getLogger(__name__)
 PAINT_INTERVAL_S = 0.25
+IDLE_S = 5.0  # how often a silent run is asked for its state
 FINAL_STATES = ("done", "stopped", "failed")
 
 
 class Session(tl.HasTraits):
     """The shared state; observe ``trace``, ``token``, ``layer``, ``head``, ``step`` or ``state`` and redraw."""
 
-    trace = tl.Any(None, allow_none=True)  # the latest snapshot, a Trace
+    trace = tl.Any()  # the latest snapshot, a Trace; there is always one
     token = tl.Int(0)  # chosen query token
     layer = tl.Int(0)  # chosen layer
     head = tl.Union([tl.Int(), tl.Unicode()], default_value="max")  # a head, "max" or "mean"
@@ -39,6 +43,9 @@ class Session(tl.HasTraits):
         self.run: LiveRun | None = None
         self._painter: threading.Thread | None = None
         self._wake = threading.Event()
+        # One change at a time, its redrawing included: a choice made while the painter publishes must not be overwritten.
+        # Widgets take the same lock when they redraw for a reason of their own.
+        self.lock = threading.RLock()
         if isinstance(source, Trace):
             self.show(source)
         else:
@@ -47,7 +54,7 @@ class Session(tl.HasTraits):
     def show(self, trace: Trace) -> None:
         """Publish a snapshot; the chosen token, layer and step are moved only if it does not have them."""
         numbers = [layer.layer for layer in trace.layers]
-        with self.hold_trait_notifications():
+        with self.lock, self.hold_trait_notifications():
             self.trace = trace
             if numbers and self.layer not in numbers:
                 self.layer = next((x.layer for x in trace.layers if x.kind == "csa"), numbers[0])
@@ -59,49 +66,68 @@ class Session(tl.HasTraits):
 
     def choose_token(self, t: int) -> None:
         """A person chose query token ``t``: stop following the newest one and show the step that processed it."""
-        self.follow = False
-        with self.hold_trait_notifications():
+        with self.lock, self.hold_trait_notifications():
+            self.follow = False
             self.token = t
-            if self.trace is not None and self.trace.steps:
+            if self.trace.steps:
                 self.step = self.trace.step_of_token(t)
 
     def choose_step(self, step: int) -> None:
         """A person chose a step: show its last token in every view."""
-        self.follow = False
-        with self.hold_trait_notifications():
+        with self.lock, self.hold_trait_notifications():
+            self.follow = False
             self.step = step
-            if self.trace is not None and self.trace.steps:
+            if self.trace.steps:
                 self.token = self.trace.step_end(step) - 1
 
     def attach(self, run: LiveRun) -> None:
         """Follow ``run`` from now on; every widget of this session does. An earlier run goes on unseen."""
-        self.run = run
-        self.follow = True
-        _SESSIONS[run] = self
         run.on_event(self._on_event)
-        self.state = run.state
-        self._wake.set()
-        if self._painter is None or not self._painter.is_alive():
-            self._painter = threading.Thread(target=self._paint, name="workbench-painter", daemon=True)
-            self._painter.start()
+        with self.lock:
+            self.run = run
+            self.follow = True
+            with self.hold_trait_notifications():
+                self.state = run.state
+                self.show(run.trace)
+            _SESSIONS[run] = weakref.ref(self)
+            self._wake.set()
+            if self._painter is None:
+                self._painter = threading.Thread(target=self._paint, name="workbench-painter", daemon=True)
+                self._painter.start()
 
     def _on_event(self, event: Any) -> None:
         self._wake.set()
 
     def _paint(self) -> None:
         """Publish snapshots until the run is over; one drawing at a time, the newest state always drawn last."""
-        while (run := self.run) is not None:
-            self._wake.wait(timeout=5.0)
+        while True:
+            news = self._wake.wait(timeout=IDLE_S)
             self._wake.clear()
-            state = run.state
-            self.show(run.trace)
-            self.state = state
-            if state in FINAL_STATES and run is self.run and not self._wake.is_set():
+            run = self.run
+            assert run is not None  # attach sets it before this thread starts
+            state = run.state  # before the snapshot, so that a final state never comes with an unfinished trace
+            if news or state != self.state:
+                self._publish(run, state)
+            with self.lock:
+                if state in FINAL_STATES and run is self.run and not self._wake.is_set():
+                    self._painter = None
+                    return
+            time.sleep(PAINT_INTERVAL_S)
+
+    def _publish(self, run: LiveRun, state: str) -> None:
+        with self.lock:
+            if run is not self.run:  # another run was attached meanwhile; it has set the wake event
                 return
-            threading.Event().wait(PAINT_INTERVAL_S)
+            try:
+                with self.hold_trait_notifications():
+                    self.show(run.trace)
+                    self.state = state
+            except Exception:  # a view that cannot draw this snapshot must not stop the painter
+                log.exception("a view could not show the latest snapshot")
 
 
-_SESSIONS: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
+# A session holds its source, so a strong reference here would keep both for ever.
+_SESSIONS: weakref.WeakKeyDictionary[Any, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
 def session_of(source: LiveRun | Trace | Session) -> Session:
@@ -110,6 +136,9 @@ def session_of(source: LiveRun | Trace | Session) -> Session:
         return source
     if not isinstance(source, Trace) and not hasattr(source, "on_event"):
         raise InputError(f"a widget shows a LiveRun or a Trace, got {type(source).__name__}; see wb.run and wb.Trace.load")
-    if source not in _SESSIONS:
-        _SESSIONS[source] = Session(source)
-    return _SESSIONS[source]
+    known = _SESSIONS.get(source)
+    session = known() if known else None
+    if session is None:
+        session = Session(source)
+        _SESSIONS[source] = weakref.ref(session)
+    return session

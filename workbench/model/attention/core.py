@@ -72,6 +72,8 @@ def window_mask(t: int, window: int, start: int, device: torch.device) -> Tensor
 def window_rows(window_probs: Tensor, window: int) -> Tensor:
     """Straighten block columns into [B, T, H, W]: column w is the key W - 1 - w tokens before the query."""
     t = window_probs.shape[1]
+    if t == 1:  # one query's block is its window already
+        return window_probs
     block = min(window, t)
     first = torch.arange(t, device=window_probs.device) % block
     columns = first.unsqueeze(1) + torch.arange(window, device=window_probs.device)  # [T, W]

@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.synthetic import synthetic_trace
+from workbench.config import ModelConfig
+from workbench.cost import PARTS, dense_kv_bytes, kv_bytes
+from workbench.errors import InputError
+from workbench.figures.memory import kv_growth, kv_panel_html
+
+
+def trace_with_heads(heads):
+    """A trace whose cache held exactly what the formula says."""
+    trace = synthetic_trace(47, prompt_length=31, prefill_chunk=13, heads=heads)
+    config = ModelConfig.from_dict(trace.config)
+    held = [kv_bytes(config, trace.step_end(step), trace.storage) for step in range(trace.steps)]
+    return replace(trace, cache_bytes={part: np.array([h[part] for h in held]) for part in PARTS})
+
+
+TRACE = trace_with_heads(3)
+
+
+def line(fig, start):
+    return next(data for data in fig.data if data.name.startswith(start))
+
+
+def test_areas_are_the_recorded_bytes_at_the_tokens_of_each_step():
+    fig = kv_growth(TRACE)
+    for part in PARTS:
+        assert list(line(fig, part).y) == TRACE.cache_bytes[part].tolist()
+    assert list(line(fig, "compressed").x) == [13, 26, 31, *range(32, 48)]
+    assert TRACE.label in fig.layout.title.text
+
+
+def test_room_reserved_is_a_line_of_its_own_above_what_is_held():
+    held = sum(TRACE.cache_bytes.values())
+    assert list(line(kv_growth(TRACE), "held + room").y) == (held + TRACE.cache_reserved).tolist()
+
+
+def test_modelled_lines_say_so_and_start_before_the_first_step_ends():
+    config = ModelConfig.from_dict(TRACE.config)
+    fig = kv_growth(TRACE)
+    own, mha = line(fig, "this model"), line(fig, "MHA = GQA-8")
+    assert "modelled (formula)" in own.name and "modelled (formula)" in mha.name and "min(8, 3)" in mha.name
+    assert own.x[0] == 1 and own.y[-1] == kv_bytes(config, 47, "fp32")["total"]
+    assert mha.y[-1] == dense_kv_bytes(config, 47, 3, "fp32")
+
+
+def test_gqa_has_its_own_line_once_there_are_more_than_eight_heads():
+    fig = kv_growth(trace_with_heads(11))
+    assert line(fig, "MHA").y[-1] / line(fig, "GQA-8").y[-1] == pytest.approx(11 / 8)
+
+
+def test_the_logarithmic_chart_stacks_nothing_and_takes_no_logarithm_of_zero():
+    trace = replace(TRACE, cache_bytes=TRACE.cache_bytes | {"index": np.maximum(0, TRACE.cache_bytes["index"] - 300)})
+    fig = kv_growth(trace, log=True)
+    assert fig.layout.yaxis.type == "log" and not any(data.stackgroup for data in fig.data)
+    assert line(fig, "index").y[0] is None
+
+
+def test_the_panel_marks_each_part_that_differs_from_the_formula():
+    wrong = TRACE.cache_bytes["tail"].copy()
+    wrong[3] += 4
+    panel = kv_panel_html(replace(TRACE, cache_bytes=TRACE.cache_bytes | {"tail": wrong}), 3)
+    rows = {part: panel.split(f"<th scope='row'>{part}</th>")[1].split("</tr>")[0] for part in (*PARTS, "total")}
+    assert "NOT EQUAL by +4" in rows["tail"] and "NOT EQUAL by +4" in rows["total"]
+    assert all("= equal" in rows[part] and "NOT" not in rows[part] for part in PARTS if part != "tail")
+    assert "NOT EQUAL" not in kv_panel_html(TRACE, 3)
+
+
+def test_the_panel_puts_numbers_into_the_formula_and_shows_reserved_room_apart():
+    panel = kv_panel_html(TRACE, 3)
+    assert "n_csa × ⌊L/m⌋ × E" in panel and "2 × 8 × 64" in panel  # two layers, 32 tokens in blocks of 4, 16 fp32 values
+    assert "4,096 B" in panel.split("</table>")[1]
+
+
+def test_another_kind_of_model_has_bytes_but_no_formula():
+    foreign = replace(TRACE, config={"model_type": "llama"}, cache_bytes={"keys <b>": TRACE.cache_bytes["window"]})
+    panel = kv_panel_html(foreign, 3)
+    assert "keys &lt;b&gt;" in panel and "no formula" in panel and "equal" not in panel.lower().replace("no formula", "")
+    assert not any("modelled" in data.name for data in kv_growth(foreign).data)
+
+
+def test_names_from_a_foreign_file_are_escaped():
+    trace = replace(TRACE, model="<img src=x onerror=alert(1)>")
+    assert "<img" not in kv_growth(trace).layout.title.text and "<img" not in kv_panel_html(trace, 0)
+
+
+@pytest.mark.parametrize("step", [-1, 99])
+def test_a_step_the_trace_does_not_have_is_refused(step):
+    for draw in (kv_growth, kv_panel_html):
+        with pytest.raises(InputError, match=f"step {step}"):
+            draw(TRACE, step)

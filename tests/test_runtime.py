@@ -1,0 +1,100 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from workbench import runtime
+from workbench.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "expected"),
+    [
+        ("2.13.0+cpu", ">=2.6,<2.14", True),
+        ("2.14.0", ">=2.6,<2.14", False),
+        ("2.5.1", "<2.14,>=2.6", False),
+        ("2.6", ">=2.6.0", True),
+        ("5.23.0", "==5.23.0", True),
+        ("5.23.1", "==5.23.0", False),
+        ("0.11.0", "", True),
+    ],
+)
+def test_versions_are_compared_by_their_numbers(version, bounds, expected):
+    assert runtime.within(version, bounds) is expected
+
+
+def test_a_run_leaves_one_core_to_the_lookup_and_obeys_the_environment(monkeypatch):
+    monkeypatch.setattr(runtime, "cores", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert runtime.threads_for_run() == 6
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert runtime.threads_for_run() == 3
+    monkeypatch.setattr(runtime, "cores", lambda: 1)
+    assert runtime.threads_for_run() == 1
+
+
+def test_a_container_quota_limits_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
+    monkeypatch.setattr(runtime, "_read", {"/sys/fs/cgroup/cpu.max": "250000 100000\n"}.get)
+    assert runtime.cores() == 3
+    monkeypatch.setattr(runtime, "_read", {"/sys/fs/cgroup/cpu.max": "max 100000\n"}.get)
+    assert runtime.cores() == 7
+
+
+def test_the_processor_is_named_without_trademarks(monkeypatch):
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    monkeypatch.setattr(
+        runtime, "_read", lambda path: "model\t\t: 85\nmodel name\t: Intel(R) Xeon(R) Gold 6130 CPU @ 2.10GHz\n"
+    )
+    assert runtime.device_name("cpu") == "CPU (Intel Xeon Gold 6130, 2 cores)"
+
+
+def test_threads_are_set_for_the_whole_process():
+    code = "from workbench import runtime; runtime.use_threads(2); import torch; print(torch.get_num_threads())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=runtime.CHECKOUT)
+    assert out.stdout.strip() == "2"
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        runtime.use_threads(0)
+
+
+def test_tests_compute_with_one_thread():
+    import torch
+
+    assert torch.get_num_threads() == 1
+
+
+def test_a_device_is_picked_or_refused_by_name(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.pick_device("auto") == runtime.pick_device("cpu") == torch.device("cpu")
+    assert runtime.pick_device(torch.device("cpu")).type == "cpu"
+    for name in ("gpu", "cpu:x", "cuda:", "cudax", ""):
+        with pytest.raises(InputError, match="unknown"):
+            runtime.pick_device(name)
+    with pytest.raises(InputError, match="sees 0 CUDA devices"):
+        runtime.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runtime.pick_device("auto").type == "cuda"
+    assert runtime.pick_device("cuda:1").index == 1
+    with pytest.raises(InputError, match="sees 2"):
+        runtime.pick_device("cuda:2")
+
+
+def test_the_machine_is_described_in_plain_values_and_without_torch():
+    code = "import json, sys; from workbench import runtime; print(json.dumps(runtime.machine()), 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=runtime.CHECKOUT)
+    assert out.stdout.strip().endswith("False")
+    found = runtime.machine(accelerator=True)
+    assert found["cores"] == runtime.cores() >= 1 and found["device"].startswith("CPU (")
+    assert found["threads"] == 1 and isinstance(found["cuda"], list)
+
+
+def test_requirements_split_what_runs_from_what_tests():
+    found = runtime.requirements()
+    assert found["torch"][1] is False and found["pytest"][1] is True
+    assert all(
+        runtime.within(runtime.installed_version(name) or "0", bounds) for name, (bounds, tests) in found.items() if not tests
+    )

@@ -1,0 +1,145 @@
+import gc
+import threading
+import weakref
+from dataclasses import replace
+
+import pytest
+
+from tests.synthetic import synthetic_trace
+from tests.widgets.fakes import FakeRun, eventually
+from workbench.errors import InputError
+from workbench.widgets.memory import KVCacheGrowth
+from workbench.widgets.session import Session, session_of
+from workbench.widgets.timeline import OverlapTimeline
+
+TRACE = synthetic_trace(47, prompt_length=31, prefill_chunk=13)
+LONGER = synthetic_trace(53, prompt_length=31, prefill_chunk=13)
+
+
+def shorter(trace, length):
+    """What a run had recorded when it was at ``length`` tokens."""
+    starts = trace.step_starts[trace.step_starts < length]
+    held = {part: values[: len(starts)] for part, values in trace.cache_bytes.items()}
+    return replace(trace, token_ids=trace.token_ids[:length], layers=(), step_starts=starts, cache_bytes=held)
+
+
+def painter_is_gone(session):
+    return session._painter is None
+
+
+def test_widgets_of_one_trace_share_a_session_and_others_do_not():
+    memory, timeline = KVCacheGrowth(TRACE), OverlapTimeline(TRACE)
+    assert memory.session is timeline.session
+    assert KVCacheGrowth(LONGER).session is not memory.session
+
+
+def test_choosing_in_one_widget_moves_the_others_and_the_token():
+    memory, timeline = KVCacheGrowth(TRACE), OverlapTimeline(TRACE)
+    memory.step.value = 2
+    assert timeline.step.value == 2
+    assert memory.session.token == TRACE.step_end(2) - 1 == 30
+    memory.session.choose_token(14)  # the second chunk of the prompt
+    assert memory.step.value == timeline.step.value == 1
+
+
+def test_a_later_choice_is_kept_while_the_run_goes_on():
+    run = FakeRun(shorter(TRACE, 33))
+    widget = KVCacheGrowth(run)
+    eventually(lambda: widget.step.value == run.trace.steps - 1, "the newest step is followed")
+    widget.step.value = 1
+    run.becomes(trace=shorter(TRACE, 40), kind="token")
+    eventually(lambda: widget.step.max == run.trace.steps - 1, "the slider grows with the run")
+    assert widget.step.value == widget.session.step == 1
+    run.becomes(state="done")
+    eventually(lambda: painter_is_gone(widget.session), "the painter ends")
+
+
+def test_the_painter_publishes_the_final_state_with_the_final_trace_and_ends():
+    run = FakeRun(shorter(TRACE, 33))
+    session = session_of(run)
+    seen = []
+    session.observe(lambda change: seen.append((session.state, session.trace.length)), names=["trace", "state"])
+    thread = session._painter
+    for length in range(34, 47):
+        run.becomes(trace=shorter(TRACE, length), kind="token")
+    run.trace = TRACE
+    run.becomes(state="done")
+    thread.join(timeout=30)
+    assert not thread.is_alive() and painter_is_gone(session)
+    assert seen[-1] == ("done", 47)
+    assert all(length == 47 for state, length in seen if state == "done")
+
+
+def test_an_attached_run_is_followed_by_every_widget_even_after_the_first_has_ended():
+    first = FakeRun(shorter(TRACE, 33), state="done")
+    memory, timeline = KVCacheGrowth(first), OverlapTimeline(first)
+    eventually(lambda: painter_is_gone(memory.session), "the first painter ends")
+    second = FakeRun(LONGER)
+    memory.session.attach(second)
+    eventually(lambda: memory.step.value == timeline.step.value == LONGER.steps - 1, "the new run is shown")
+    assert session_of(second) is memory.session
+    first.becomes(trace=TRACE)  # an earlier run goes on unseen
+    second.becomes(state="stopped")
+    eventually(lambda: memory.session.state == "stopped", "the new run's state is shown")
+    assert memory.session.trace is LONGER
+
+
+def test_attaching_again_and_again_never_loses_a_run_to_a_painter_about_to_end():
+    session = Session(FakeRun(TRACE, state="done"))
+    for length in range(31, 47):
+        session.attach(FakeRun(shorter(TRACE, length), state="done"))
+        if length % 3 == 0:
+            eventually(lambda: painter_is_gone(session), "a painter ends")
+    eventually(lambda: painter_is_gone(session), "the last painter ends")
+    assert session.trace.length == 46
+
+
+def test_a_view_that_cannot_draw_does_not_stop_the_painter(caplog):
+    run = FakeRun(shorter(TRACE, 33))
+    session = session_of(run)
+
+    def fail(change):
+        raise RuntimeError("cannot draw")
+
+    session.observe(fail, names="trace")
+    run.becomes(trace=TRACE, state="done")
+    eventually(lambda: painter_is_gone(session), "the painter ends")
+    assert session.trace is TRACE and session.state == "done"
+    assert "latest snapshot" in caplog.text
+
+
+def test_a_choice_made_while_the_painter_publishes_wins():
+    """A view that draws slowly must not let the snapshot it draws overwrite what a person chose meanwhile."""
+    run = FakeRun(shorter(TRACE, 33))
+    session = session_of(run)
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def draw_slowly(change):
+        if threading.current_thread() is session._painter:
+            drawing.set()
+            go_on.wait(30)
+
+    session.observe(draw_slowly, names="trace")
+    run.becomes(trace=shorter(TRACE, 40), kind="token")
+    assert drawing.wait(30)
+    chooser = threading.Thread(target=session.choose_token, args=(5,))
+    chooser.start()
+    go_on.set()
+    chooser.join(30)
+    run.becomes(trace=TRACE, state="done")
+    eventually(lambda: painter_is_gone(session), "the painter ends")
+    assert (session.token, session.step) == (5, 0)
+
+
+def test_a_session_and_its_trace_are_freed_when_nobody_looks():
+    trace = synthetic_trace(11)
+    session = session_of(trace)
+    gone = weakref.ref(trace)
+    del trace, session
+    gc.collect()
+    assert gone() is None
+
+
+def test_something_that_is_neither_run_nor_trace_is_refused():
+    with pytest.raises(InputError, match="LiveRun or a Trace, got str"):
+        session_of("tiny-v4")

@@ -1,0 +1,268 @@
+"""The ``workbench`` command: open the notebooks, run a model, train one, look at this machine.
+
+Exit status 0; 2 with one clear line on stderr for bad input; 130 after Ctrl-C. Progress is drawn on a terminal only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from workbench import runtime
+from workbench.errors import InputError, WorkbenchError
+
+START_PAGE = "notebooks/00_start_here.ipynb"
+BAR_WIDTH = 24
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+        return options.command(options)
+    except (WorkbenchError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `workbench doctor | head -1`
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
+        print(f"workbench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("workbench: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="workbench", description="Watch DeepSeek-V4 work.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    lab = commands.add_parser("lab", help="open the notebooks in JupyterLab")
+    lab.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
+    lab.add_argument("--port", type=_port, default=8888, help="first port to try (default %(default)s)")
+    lab.set_defaults(command=_lab)
+
+    run = commands.add_parser("run", help="run a model on a prompt and save what happened")
+    run.add_argument("--model", required=True, metavar="M", help="a shipped checkpoint or a model folder")
+    run.add_argument("--prompt", required=True, metavar="TEXT|@FILE", help="the text, or @ and a UTF-8 file that holds it")
+    run.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the trace is saved")
+    run.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    run.add_argument("--topk", type=int, metavar="K", help="entries each CSA query keeps (default: the model's)")
+    run.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--prefetch", choices=("prefetch", "serial"), default="prefetch", help="when Engram rows are fetched")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    run.set_defaults(command=_run)
+
+    train = commands.add_parser("train", help="train a small checkpoint from a recipe")
+    train.add_argument("--recipe", required=True, metavar="R", help="name of the recipe")
+    train.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the checkpoint is written")
+    start = train.add_mutually_exclusive_group()
+    start.add_argument("--resume", dest="fresh", action="store_false", help="go on where an earlier training stopped (default)")
+    start.add_argument("--fresh", action="store_true", help="start again, forgetting an earlier training in FOLDER")
+    train.set_defaults(command=_train, fresh=False)
+
+    bench = commands.add_parser("bench", help="measure something on this machine; without a name, list what can be measured")
+    bench.add_argument("name", nargs="?", metavar="NAME")
+    bench.add_argument("--all", action="store_true", help="run every benchmark in turn")
+    bench.set_defaults(command=_bench)
+
+    doctor = commands.add_parser("doctor", help="check this machine and say what to do")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _checkout(part: str) -> Path:
+    """The checkout's root: where this package lies, or the current folder when the package was installed elsewhere."""
+    for root in (runtime.CHECKOUT, Path.cwd()):
+        if (root / part).is_dir():
+            return root
+    raise InputError(f"no {part}/ beside the package or in {Path.cwd()}; run this from a checkout of the workbench")
+
+
+def _lab(options: argparse.Namespace) -> int:
+    """Serve the notebooks on this machine only, behind Jupyter's token; the server itself never calls out."""
+    root = _checkout("notebooks")
+    try:
+        from jupyterlab.labapp import main as serve
+    except ImportError:
+        raise WorkbenchError("JupyterLab is not installed; install the workbench with: pip install -e .") from None
+    settings = [
+        f"--ServerApp.root_dir={root}",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={options.port}",
+        "--ServerApp.port_retries=50",  # a taken port means the next free one
+        f"--LabApp.default_url=/lab/tree/{START_PAGE}",
+        "--LabApp.news_url=None",  # no news, and no question about news
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",  # the other one searches PyPI
+    ]
+    if options.no_browser:
+        settings.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        settings.append("--allow-root")  # containers; the server listens on this machine only
+    serve(settings)  # in this process, so that Ctrl-C and kill reach Jupyter itself
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run the model in the background, show how far it is, print the answer and save the trace."""
+    import workbench as wb
+    from workbench.trace import MANIFEST_FILE
+
+    prompt, out = _prompt(options.prompt), options.out
+    if out.is_file():
+        raise InputError(f"{out} is a file; give a folder to save the trace in")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_FILE).is_file():
+        raise InputError(f"{out} holds something that is not a trace; give a new or an empty folder")
+    settings = {name: getattr(options, name) for name in ("max_new_tokens", "topk", "temperature", "seed", "prefetch")}
+    live = wb.run(wb.load(options.model, device=options.device), prompt, **settings)
+    bar = _Progress()
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # an unusable place shows now, not after the run
+        while not live.wait(0.2):
+            bar.show(live.progress, "Ctrl-C stops")
+    except BaseException:
+        live.stop()
+        live.wait(10.0)  # the step under way
+        raise
+    finally:
+        bar.clear()
+    if live.state == "failed":
+        raise WorkbenchError(f"{live.error}; nothing was saved")
+    folder = live.trace.save(out)
+    print(live.text)
+    print(f"trace: {folder}")
+    return 0
+
+
+def _prompt(text: str) -> str:
+    """The prompt itself, or the content of the file named after an @."""
+    if not text.startswith("@"):
+        return text
+    path = Path(text[1:])
+    if not path.is_file():
+        raise InputError(f"prompt file {text[1:]!r} does not exist; give @ and the path of a text file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _train(options: argparse.Namespace) -> int:
+    from workbench.training.train import train
+
+    bar = _Progress()
+    try:
+        train(options.recipe, options.out, fresh=options.fresh, progress=(lambda text, part: bar.show(part, text)))
+    finally:
+        bar.clear()
+    print(f"checkpoint: {options.out}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Run ``main()`` of benchmarks/NAME.py, or list the names with the first line of each file."""
+    root = _checkout("benchmarks")
+    files = {path.stem: path for path in sorted((root / "benchmarks").glob("[!_]*.py"))}
+    if options.name and options.name not in files:
+        raise InputError(f"no benchmark {options.name!r}; there are {', '.join(files) or 'none yet'}")
+    sys.path.insert(0, str(root))
+    for name in files if options.all else [options.name] if options.name else []:
+        importlib.import_module(f"benchmarks.{name}").main()
+    if not options.name and not options.all:
+        for name, path in files.items():
+            about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            print(f"{name:20} {about.partition(chr(10))[0]}".rstrip())
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """One line per thing looked at: ok, warning (works, with a limit), or MISSING, with what to do. Status 1 if missing."""
+    python = ("ok", f"Python {platform.python_version()} at {sys.executable}")
+    lines = [python, *_check_packages(), *_check_machine(), _check_browser(), *_check_checkpoints()]
+    for level, text in lines:
+        print(f"{level:8} {text}")
+    return int(any(level == "MISSING" for level, _ in lines))
+
+
+def _check_packages() -> list[tuple[str, str]]:
+    lines = []
+    for name, (bounds, for_tests) in runtime.requirements().items():
+        version = runtime.installed_version(name)
+        if version is None:
+            level, extra = ("warning", '".[test]"') if for_tests else ("MISSING", ".")
+            lines.append((level, f"{name} is not installed: pip install -e {extra}{' (for the tests)' if for_tests else ''}"))
+        elif not runtime.within(version, bounds):
+            lines.append(("warning", f'{name} {version} is outside {bounds}: pip install "{name}{bounds}"'))
+        else:
+            lines.append(("ok", f"{name} {version}"))
+    return lines
+
+
+def _check_machine() -> list[tuple[str, str]]:
+    try:
+        found = runtime.machine(accelerator=True)
+    except ImportError as error:
+        return [("MISSING", f"torch cannot be imported ({error}): pip install -e .")]
+    memory, load = found["memory_bytes"], found["load_average"]
+    lines = [("ok", f"{found['device']}; torch computes with {found['threads']}, a live run with {runtime.threads_for_run()}")]
+    lines.append(("ok", f"CUDA: {', '.join(found['cuda'])}" if found["cuda"] else "no CUDA device: models run on the CPU"))
+    if memory is not None:
+        small = memory < 2 * 10**9
+        advice = ": close other programs, and keep to the shipped checkpoints" if small else ""
+        lines.append(("warning" if small else "ok", f"memory {memory / 1e9:.1f} GB{advice}"))
+    if load is not None and load > found["cores"]:
+        lines.append(
+            ("warning", f"load average {load:.1f} on {found['cores']} cores: timings will be unsteady until it is quiet")
+        )
+    return lines
+
+
+def _check_browser() -> tuple[str, str]:
+    path = runtime.find_chromium()
+    if path is None:
+        return "warning", "no chromium: the browser tests are skipped (Debian: apt-get install chromium)"
+    return "ok", f"browser for the tests at {path}"
+
+
+def _check_checkpoints() -> list[tuple[str, str]]:
+    shipped = runtime.checkpoints()
+    if not shipped:
+        return [("warning", "no shipped checkpoints: get the whole checkout, or make one with `workbench train`")]
+    return [("ok", f"checkpoint {name}, {size / 1e6:.1f} MB") for name, size in shipped.items()]
+
+
+class _Progress:
+    """One line on a terminal, redrawn in place; nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self.on = sys.stderr.isatty()
+
+    def show(self, part: float, text: str) -> None:
+        if self.on:
+            full = round(BAR_WIDTH * min(1.0, max(0.0, part)))
+            bar = "#" * full + "." * (BAR_WIDTH - full)
+            print(f"\r\x1b[K[{bar}] {part:4.0%} {text}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.on:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""What a KV cache holds: bytes by part against tokens, and a panel that holds the live cache against the formula."""
+
+from __future__ import annotations
+
+from html import escape
+
+import plotly.graph_objects as go
+
+from workbench import cost
+from workbench.config import ModelConfig
+from workbench.errors import InputError
+from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILLION, chart_text, styled
+from workbench.trace import Trace
+
+PART_COLOURS = {"window": BLUE, "compressed": ORANGE, "index": GREEN, "tail": PINK, "engram": SKY}
+MODELLED_POINTS = 200  # of a formula's curve; enough to show where the window fills
+MEASURED_POINTS = 400  # steps drawn of a longer run, which keeps the chart well under its byte budget
+GQA_HEADS = 8
+
+
+def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go.Figure:
+    """Bytes held after each step, part upon part, against tokens; beside them what dense caches would hold.
+
+    The areas are what ``trace.cache_bytes`` counted; the lines marked "formula" come from ``workbench.cost`` and start at
+    token 1, also for a prompt read in one step. ``log`` draws the parts as lines, because areas stacked on a logarithmic
+    axis mislead. ``step`` is marked with a vertical line. InputError for a step the trace does not have.
+    """
+    steps = sorted({round(i * (trace.steps - 1) / MEASURED_POINTS) for i in range(MEASURED_POINTS + 1)} if trace.steps else [])
+    tokens = [trace.step_end(s) for s in steps]
+    fig = go.Figure()
+    for part in _parts(trace):
+        held = trace.cache_bytes[part][steps].tolist()
+        fig.add_scatter(
+            x=tokens,
+            y=[n or None for n in held] if log else held,  # no logarithm of nothing
+            name=part,
+            mode="lines+markers" if len(tokens) < 3 else "lines",  # a single step is a point, not an area
+            line={"color": PART_COLOURS.get(part), "width": 2 if log else 0.5},
+            stackgroup=None if log else "held",
+            hovertemplate="%{y:,} B",
+        )
+    if trace.cache_reserved.any():
+        room = [_held(trace, s) + int(trace.cache_reserved[s]) for s in steps]
+        _add_line(fig, tokens, room, "held + room reserved", GREY, "dash")
+    config = _config(trace)
+    if config is not None and tokens:
+        _add_modelled(fig, config, trace.storage, tokens)
+    if step is not None:
+        end = trace.step_end(_checked(trace, step))
+        where = {"x": end, "line": {"color": GREY, "width": 1.5}}
+        fig.add_vline(
+            **where, annotation={"text": f"step {step}: {end:,} tokens", "font": {"color": GREY}, "yanchor": "bottom"}
+        )
+    styled(fig, f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}", height=480)
+    fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
+    fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
+    below = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
+    return fig.update_layout(hovermode="x unified", legend=below, hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}})
+
+
+def kv_panel_html(trace: Trace, step: int) -> str:
+    """A table for one step: per part the formula, its numbers and result, what the live cache held, and whether they agree.
+
+    Room reserved beyond the held bytes is shown apart. InputError for a step the trace does not have.
+    """
+    _checked(trace, step)
+    length, config = trace.step_end(step), _config(trace)
+    terms = cost.terms(config, length, trace.storage) if config else ()
+    expected = cost.kv_bytes(config, length, trace.storage) if config else {}
+    parts = [part for part in cost.PARTS if any(t.part == part for t in terms)]
+    parts += [part for part in _parts(trace) if part not in parts]
+    rows = []
+    for part in parts:
+        own = [t for t in terms if t.part == part]
+        symbols = "<br>".join(f"{'+ ' if i else ''}{escape(t.symbols)}" for i, t in enumerate(own))
+        numbers = "<br>".join(f"{'+ ' if i else ''}{escape(t.numbers)}" for i, t in enumerate(own))
+        live = int(trace.cache_bytes[part][step]) if part in trace.cache_bytes else 0
+        rows.append(_row(part, symbols, numbers, expected.get(part), live))
+    rows.append(_row("total", "", "", expected.get("total"), _held(trace, step)))
+    reserved = int(trace.cache_reserved[step]) if len(trace.cache_reserved) > step else 0
+    unit = cost.units(config, trace.storage) if config else "There is no formula for this kind of model here."
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("part", "formula", "numbers", "formula, B", "live cache, B", ""))
+    return (
+        f"{_CSS}<table class='wb-kv'><caption>After step {step}: L = {length:,} tokens, {escape(trace.label)}. "
+        f"{escape(unit)}.</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<p>Room reserved beyond these bytes and not yet filled: {reserved:,} B.</p>"
+    )
+
+
+_CSS = (
+    "<style>.wb-kv{border-collapse:collapse;font-variant-numeric:tabular-nums}.wb-kv caption{text-align:left}"
+    ".wb-kv th,.wb-kv td{padding:2px 10px;text-align:left;vertical-align:top;border-bottom:1px solid #8886}"
+    ".wb-kv td.n{text-align:right}.wb-kv td.bad{background:#d55e00;color:#000;font-weight:bold}</style>"
+)
+
+
+def _row(part: str, symbols: str, numbers: str, expected: int | None, live: int) -> str:
+    if expected is None:
+        mark, style, shown = "no formula", "", "–"
+    elif expected == live:
+        mark, style, shown = "= equal", "good", f"{expected:,}"
+    else:
+        mark, style, shown = f"≠ NOT EQUAL by {live - expected:+,}", "bad", f"{expected:,}"
+    cells = f"<td>{symbols}</td><td>{numbers}</td><td class='n'>{shown}</td><td class='n'>{live:,}</td><td class='{style}'>{mark}</td>"
+    return f"<tr><th scope='row'>{escape(part)}</th>{cells}</tr>"
+
+
+def _add_modelled(fig: go.Figure, config: ModelConfig, storage: str, tokens: list[int]) -> None:
+    marks = sorted({1, *tokens, *(max(1, round(i * tokens[-1] / MODELLED_POINTS)) for i in range(MODELLED_POINTS + 1))})
+    totals = [cost.kv_bytes(config, n, storage)["total"] for n in marks]
+    _add_line(fig, marks, totals, "this model, modelled (formula)", GREY, "dot")
+    heads = config.num_attention_heads
+    bases = {"GQA-8": GQA_HEADS, "MHA": heads} if heads > GQA_HEADS else {f"MHA = GQA-8 (min(8, {heads}) KV heads)": heads}
+    for (name, kv_heads), dash in zip(bases.items(), ("longdash", "solid"), strict=False):
+        dense = [cost.dense_kv_bytes(config, n, kv_heads, storage) for n in marks]
+        _add_line(fig, marks, dense, f"{name}, same width, modelled (formula)", VERMILLION, dash)
+
+
+def _add_line(fig: go.Figure, x: list[int], y: list[int], name: str, colour: str, dash: str) -> None:
+    line = {"color": colour, "dash": dash, "width": 1.5}
+    fig.add_scatter(x=x, y=y, name=name, mode="lines", line=line, hovertemplate="%{y:,} B")
+
+
+def _parts(trace: Trace) -> list[str]:
+    """The parts this run ever held, in the usual order; unknown ones of a foreign trace come last."""
+    known = [part for part in cost.PARTS if part in trace.cache_bytes]
+    return [p for p in (*known, *sorted(set(trace.cache_bytes) - set(known))) if p != "total" and trace.cache_bytes[p].any()]
+
+
+def _held(trace: Trace, step: int) -> int:
+    return sum(int(trace.cache_bytes[part][step]) for part in _parts(trace))
+
+
+def _config(trace: Trace) -> ModelConfig | None:
+    """The configuration ``cost`` needs, or None for a run of another kind of model."""
+    try:
+        return ModelConfig.from_dict(trace.config)
+    except InputError:
+        return None
+
+
+def _checked(trace: Trace, step: int) -> int:
+    if not 0 <= step < trace.steps:
+        raise InputError(f"trace has {trace.steps} steps counted from 0, got step {step}")
+    return step

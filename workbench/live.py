@@ -1,0 +1,284 @@
+"""A prompt meets a model: generation in a background thread that can be paused, stepped and stopped, and is recorded.
+
+A step is one prefill chunk or one token; between steps the thread looks at what it was told, so every control answers within one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from workbench.errors import InputError, WorkbenchError
+from workbench.memory.prefetch import POLICIES
+from workbench.model.transformer import V4Model
+from workbench.recorder import Recorder
+from workbench.runtime import device_name, threads_for_run, use_threads
+from workbench.trace import Timeline, Trace
+
+State = Literal["running", "paused", "done", "stopped", "failed"]
+FINAL = ("done", "stopped", "failed")
+PREFILL_CHUNK = 256
+GUESSES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """What callbacks get, from the run's own thread: a new state, a prefilled chunk, or a new token."""
+
+    kind: Literal["state", "prefill", "token"]
+    state: State
+    text: str = ""  # of the new token
+
+
+def encode(model: V4Model, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt. Raises InputError for an empty one, one the model cannot read, or one beyond its limit."""
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InputError("the prompt is empty; type some text")
+        if model.tokenizer is None:
+            raise InputError("this model came without a tokenizer; give the prompt as a list of token ids")
+        ids = model.tokenizer.encode(prompt).ids
+    else:
+        ids = [int(i) for i in prompt]
+    if not ids:
+        raise InputError("the prompt is empty; give at least one token")
+    if min(ids) < 0 or max(ids) >= model.config.vocab_size:
+        raise InputError(f"prompt ids must lie in 0..{model.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
+    limit = model.config.max_position_embeddings
+    if len(ids) > limit:
+        raise InputError(f"the prompt has {len(ids)} tokens, the model reads at most {limit}; shorten it")
+    return ids
+
+
+def token_texts(model: V4Model, ids: Sequence[int]) -> tuple[str, ...]:
+    """Each token's own text; pieces of a multi-byte character show as U+FFFD."""
+    if model.tokenizer is None:
+        return tuple(f"[{i}]" for i in ids)
+    return tuple(model.tokenizer.decode_batch([[int(i)] for i in ids], skip_special_tokens=False))
+
+
+class LiveRun:
+    """One generation at work; made by ``wb.run``. Every method may be called from any thread, at any time."""
+
+    def __init__(
+        self,
+        model: V4Model,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        temperature: float = 0.0,
+        topk: int | None = None,
+        prefetch: str = "prefetch",
+        record: bool = True,
+    ) -> None:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise InputError(f"max_new_tokens must be 0 or more, got {max_new_tokens!r}")
+        if not math.isfinite(temperature) or temperature < 0:
+            raise InputError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        if topk is not None and (not isinstance(topk, int) or topk < 1):
+            raise InputError(f"topk must be a positive integer or None for the model's own, got {topk!r}")
+        if prefetch not in POLICIES:
+            raise InputError(f"prefetch policy {prefetch!r} is unknown; choose one of {POLICIES}")
+        self.model = model
+        self.error: str | None = None
+        self.callback_error: str | None = None
+        self._ids = encode(model, prompt)
+        self._texts = list(token_texts(model, self._ids))
+        self._prompt_length = len(self._ids)
+        self._room = model.config.max_position_embeddings - self._prompt_length
+        self._max_new = min(max_new_tokens, self._room)
+        self._settings = {"topk": topk, "prefetch": prefetch}
+        self._temperature, self._generator = temperature, torch.Generator().manual_seed(seed)
+        self._notes = {"topk": topk or model.config.index_topk, "prefetch": prefetch, "seed": seed, "temperature": temperature}
+        self._device = device_name(str(model.device))
+        self._recorder = Recorder(model) if record else None
+        self._fed = 0
+        self._guesses: list[tuple[np.ndarray, np.ndarray, int]] = []  # after each step: ids, probabilities, the token chosen
+        self._snapshot: Trace | None = None
+        self._callbacks: list[Callable[[RunEvent], None]] = []
+        self._control = threading.Condition()
+        self._wanted: Literal["run", "pause", "step", "stop"] = "run"
+        self._state: State = "running"
+        self._thread = threading.Thread(target=self._work, name="workbench-run", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def progress(self) -> float:
+        """Share of the prompt and the new tokens that has been processed, 0 to 1."""
+        return 1.0 if self._state == "done" else min(1.0, self._fed / max(1, self._prompt_length + self._max_new))
+
+    @property
+    def text(self) -> str:
+        """What was generated so far."""
+        new = self._ids[self._prompt_length :]
+        return self.model.tokenizer.decode(new) if self.model.tokenizer else " ".join(map(str, new))
+
+    @property
+    def trace(self) -> Trace:
+        """A snapshot of everything recorded up to the last finished step."""
+        guesses = list(self._guesses)
+        recorded = self._recorder.snapshot(self._device) if self._recorder else {}
+        starts = recorded.get("step_starts", np.zeros(0, np.int32))
+        if self._snapshot is not None and self._snapshot.steps == len(starts) and len(self._snapshot.top_ids) == len(guesses):
+            return self._snapshot
+        guesses = guesses[: len(starts)] if self._recorder else guesses
+        length = self._recorder.length if self._recorder else self._fed
+        if self._recorder:
+            length = recorded["layers"][0].length if recorded["layers"] else 0
+        texts = tuple(self._texts)
+        fields = {"timeline": Timeline("measured", (), self._device)} | recorded
+        self._snapshot = Trace(
+            model=self.model.name,
+            what=self.model.what,
+            device=self._device,
+            config=self.model.config.to_dict(),
+            token_ids=np.asarray(self._ids[:length], np.int32),
+            token_texts=texts,
+            prompt_length=min(self._prompt_length, length),
+            top_ids=np.array([g[0] for g in guesses], np.int32).reshape(-1, GUESSES),
+            top_probs=np.array([g[1] for g in guesses], np.float32).reshape(-1, GUESSES),
+            next_ids=np.array([g[2] for g in guesses], np.int32),
+            notes=dict(self._notes),
+            **fields,
+        )
+        return self._snapshot
+
+    def on_event(self, callback: Callable[[RunEvent], None]) -> None:
+        """Call ``callback(event)`` from the run's thread on every event; what it raises is noted and does not stop the run."""
+        self._callbacks.append(callback)
+
+    def pause(self) -> None:
+        self._tell("pause")
+
+    def resume(self) -> None:
+        self._tell("run")
+
+    def step(self) -> None:
+        """Do one more step, then pause."""
+        self._tell("step")
+
+    def stop(self) -> None:
+        """End after the step under way; what was recorded stays."""
+        self._tell("stop")
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the run is over; True if it is. An interrupt while waiting leaves the run going."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _tell(self, wanted: Literal["run", "pause", "step", "stop"]) -> None:
+        with self._control:
+            if self._wanted != "stop":
+                self._wanted = wanted
+            self._control.notify_all()
+
+    def _may_go_on(self) -> bool:
+        """Blocks while paused; False once the run should stop."""
+        with self._control:
+            while self._wanted == "pause":
+                self._change("paused")
+                self._control.wait()
+            if self._wanted == "stop":
+                return False
+            self._change("running")
+            if self._wanted == "step":
+                self._wanted = "pause"
+            return True
+
+    def _change(self, state: State) -> None:
+        if state != self._state:
+            self._state = state
+            self._emit(RunEvent("state", state))
+
+    def _emit(self, event: RunEvent) -> None:
+        for callback in list(self._callbacks):
+            try:
+                callback(event)
+            except Exception as error:
+                self.callback_error = f"{type(error).__name__}: {error}"
+
+    def _work(self) -> None:
+        use_threads(threads_for_run())
+        final: State = "done"
+        try:
+            if self._recorder:
+                with self._recorder:
+                    final = self._generate()
+            else:
+                final = self._generate()
+        except WorkbenchError as error:
+            self.error, final = str(error), "failed"
+        except Exception as error:
+            self.error, final = f"the run failed ({type(error).__name__}: {error}); what was recorded before is kept", "failed"
+        self._change(final)
+
+    def _generate(self) -> State:
+        cache = self.model.new_cache()
+        line = torch.tensor([self._ids], device=self.model.device)
+        with torch.inference_mode():
+            while self._fed < self._prompt_length or len(self._ids) < self._prompt_length + self._max_new:
+                if not self._may_go_on():
+                    return "stopped"
+                prefill = self._fed < self._prompt_length
+                chunk = line[:, self._fed : self._fed + PREFILL_CHUNK] if prefill else line
+                logits = self.model(chunk, cache, logits="last", **self._settings)[0, -1]
+                if not torch.isfinite(logits).all():
+                    raise WorkbenchError("the model's output is not finite; its weights or this input are unusable")
+                tokens = chunk.shape[1]
+                last = self._fed + tokens >= self._prompt_length
+                chosen = self._choose(logits) if last and len(self._ids) < self._prompt_length + self._max_new else -1
+                probs, ids = torch.softmax(logits, -1).topk(GUESSES)
+                self._guesses.append((ids.cpu().numpy(), probs.cpu().numpy(), chosen))
+                if self._recorder:
+                    self._recorder.finish_step(tokens, cache)
+                self._fed += tokens
+                if chosen >= 0:
+                    self._ids.append(chosen)
+                    self._texts += token_texts(self.model, [chosen])
+                    line = torch.tensor([[chosen]], device=self.model.device)
+                self._emit(RunEvent("token" if chosen >= 0 else "prefill", self._state, self._texts[-1] if chosen >= 0 else ""))
+        return "done"
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        if self._temperature == 0:
+            return int(logits.argmax())
+        return int(torch.multinomial(torch.softmax(logits.cpu() / self._temperature, -1), 1, generator=self._generator))
+
+
+def run(
+    model: V4Model,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    temperature: float = 0.0,
+    topk: int | None = None,
+    prefetch: str = "prefetch",
+    record: bool = True,
+) -> LiveRun:
+    """Start generating in the background and return the LiveRun at once.
+
+    ``temperature`` 0 is greedy; ``topk`` keeps another number of CSA entries than the model's; ``prefetch`` says when Engram rows
+    are fetched; ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
+    """
+    return LiveRun(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        topk=topk,
+        prefetch=prefetch,
+        record=record,
+    )

@@ -1,0 +1,117 @@
+"""One prefill, twice: Engram rows fetched serially and prefetched, with a table large enough for the lookup to matter.
+
+A toy's own table fits in a cache and is read in microseconds. So the comparison gathers, besides the model's own rows, rows of
+a random table made for timing: its values are read and thrown away, its size is named on every picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+
+from workbench.errors import InputError, WorkbenchError
+from workbench.memory.prefetch import RowFetcher
+from workbench.model.engram import HostTable
+from workbench.model.transformer import V4Model
+from workbench.recorder import Recorder
+from workbench.runtime import cores, device_name, threads_for_run, use_threads
+from workbench.trace import Timeline
+
+ROUNDS = 3
+TIMING_WIDTH = 256  # float16 values a row, 512 bytes
+TIMING_ROWS = 24  # rows read per token, as many as one Engram layer of V4.1-Flash reads
+
+
+class TimingTable:
+    """A random table in host memory; ``also_read`` wraps a model's gather so that every lookup reads this table too."""
+
+    def __init__(self, table_bytes: int, tokens: int) -> None:
+        rows = table_bytes // (2 * TIMING_WIDTH)
+        if rows < 1:
+            raise InputError(f"table_bytes must hold at least one row of {2 * TIMING_WIDTH} bytes, got {table_bytes}")
+        self.values = torch.empty(rows, TIMING_WIDTH, dtype=torch.float16)
+        self.values.view(torch.int16).random_(generator=torch.Generator().manual_seed(0))  # touches every page once
+        self.staging = torch.empty(tokens * TIMING_ROWS, TIMING_WIDTH, dtype=torch.float16)
+
+    def also_read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def both(rows: torch.Tensor) -> torch.Tensor:
+            # Hash rows times large odd factors: as many scattered rows per token as wanted, spread over the whole table.
+            factors = 2654435761 * torch.arange(1, 2 * TIMING_ROWS, 2)
+            scattered = (rows[..., :1] * factors % self.values.shape[0]).flatten()
+            torch.index_select(self.values, 0, scattered, out=self.staging[: scattered.numel()])
+            return gather(rows)
+
+        return both
+
+
+class TimingFetcher(RowFetcher):
+    """The model's own fetcher with one more table to read."""
+
+    def __init__(self, table: TimingTable) -> None:
+        super().__init__()
+        self.table = table
+
+    def start(self, layer, hash_rows, gather, policy):  # type: ignore[no-untyped-def]
+        return super().start(layer, hash_rows, self.table.also_read(gather), policy)
+
+
+def compare_prefill(
+    model: V4Model,
+    *,
+    tokens: int = 4096,
+    table_bytes: int = 256 * 2**20,
+    progress: Callable[[float], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[Timeline, Timeline]:
+    """Measure one prefill of ``tokens`` random tokens, serial and prefetched in turn; the median round of each is returned.
+
+    Raises InputError for a model without Engram; WorkbenchError when stopped.
+    """
+    engram = model.config.engram
+    if engram is None:
+        raise InputError(f"{model.name} has no Engram layers, so there is no lookup to overlap; load 'tiny-v4-engram'")
+    if not 1 <= tokens <= model.config.max_position_embeddings:
+        raise InputError(f"tokens must lie in 1..{model.config.max_position_embeddings}, got {tokens}")
+    say = progress or (lambda share: None)
+    use_threads(threads_for_run())
+    table = TimingTable(table_bytes, tokens)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    own_table = sum(model.layers[i].engram.table.weight.nbytes for i in engram.layer_ids)  # type: ignore[union-attr]
+    note = (
+        f"one prefill of {tokens:,} tokens; each lookup also reads {TIMING_ROWS} rows a token of a "
+        f"{table_bytes / 2**20:.0f} MiB random table made for timing (the model's own table holds {own_table / 2**20:.1f} MiB); median of {ROUNDS} rounds"
+    )
+    twin = copy.copy(model)  # the same layers with another fetcher, so a live run of this model goes on undisturbed
+    twin.fetcher = TimingFetcher(table)
+    rounds: dict[str, list[Timeline]] = {"serial": [], "prefetch": []}
+    try:
+        for done in range(-2, 2 * ROUNDS):  # the first of each policy warms up and is not counted
+            if should_stop and should_stop():
+                raise WorkbenchError("the comparison was stopped; nothing was kept of it")
+            policy = ("serial", "prefetch")[done % 2]
+            timeline = _measure(twin, ids, policy, note)
+            if done >= 0:
+                rounds[policy].append(timeline)
+            say((done + 3) / (2 * ROUNDS + 2))
+    finally:
+        twin.fetcher.close()
+    serial, prefetched = (sorted(rounds[p], key=_duration)[ROUNDS // 2] for p in ("serial", "prefetch"))
+    return serial, prefetched
+
+
+def _measure(model: V4Model, ids: torch.Tensor, policy: str, note: str) -> Timeline:
+    recorder = Recorder(model, spans_only=True)
+    cache = model.new_cache()
+    with recorder, torch.inference_mode():
+        start = time.perf_counter()
+        model(ids, cache, logits="last", prefetch=policy)
+    recorder.finish_step(ids.shape[1], cache)
+    kind = "both on this CPU's cores" if model.device.type == "cpu" else "compute on the accelerator"
+    return Timeline("measured", recorder.timeline_since(start), device_name(str(model.device)), f"{policy}: {note}; {kind}, {cores()} cores")
+
+
+def _duration(timeline: Timeline) -> float:
+    return max(span.end_s for span in timeline.spans)

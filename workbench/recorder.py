@@ -1,0 +1,295 @@
+"""Listening to a model while it runs: taps in, numpy out, one clock for all threads.
+
+A Recorder hooks the taps of one model and notes only what its own thread computes, so two runs of one model do not mix. During
+a step it keeps references (nearly free); tensors become arrays when a snapshot asks for them or the step was a long one.
+Letters: L tokens, H heads, W window, K kept entries, S entries.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.memory.prefetch import Lookup
+from workbench.model.attention.hybrid import Attention
+from workbench.model.engram import EngramGates
+from workbench.model.indexer import IndexQueries
+from workbench.model.kv_cache import PARTS, KVCache
+from workbench.model.transformer import V4Model
+from workbench.trace import FULL_ROW_TOKENS, EngramTrace, LayerTrace, Span, Timeline, entry_pooling
+
+PENDING_STEPS = 64  # decoded tokens whose tensors wait to be turned into arrays together
+
+
+class Column:
+    """Rows [n, ...] appended in order; the array doubles when full. Wider rows widen it, narrower ones are padded with ``fill``."""
+
+    def __init__(self, dtype: type, fill: float = 0) -> None:
+        self.dtype, self.fill, self.length = dtype, fill, 0
+        self._array: np.ndarray | None = None
+
+    def append(self, rows: np.ndarray) -> None:
+        if self._array is None:
+            self._array = np.full((max(64, len(rows)), *rows.shape[1:]), self.fill, self.dtype)
+        needed, width = self.length + len(rows), max(self._array.shape[-1], rows.shape[-1]) if rows.ndim > 1 else 0
+        if needed > len(self._array) or (rows.ndim > 1 and width > self._array.shape[-1]):
+            capacity = len(self._array) if needed <= len(self._array) else max(needed, 2 * len(self._array))
+            shape = (capacity, *rows.shape[1:-1], width) if rows.ndim > 1 else (capacity,)
+            grown = np.full(shape, self.fill, self.dtype)
+            held = self._array[: self.length]
+            grown[(slice(0, self.length), *(slice(0, n) for n in held.shape[1:]))] = held
+            self._array = grown
+        self._array[(slice(self.length, needed), *(slice(0, n) for n in rows.shape[1:]))] = rows
+        self.length = needed
+
+    def rows(self) -> np.ndarray:
+        """The rows so far; later appends do not change what was handed out, because finished rows are never rewritten."""
+        if self._array is None:
+            return np.zeros((0,), self.dtype)
+        return self._array[: self.length]
+
+
+_COLUMNS: dict[str, tuple[type, float]] = {
+    "window_probs": (np.float16, 0),
+    "sink_probs": (np.float16, 0),
+    "selected": (np.int32, -1),
+    "selected_scores": (np.float32, np.nan),
+    "selected_probs": (np.float16, 0),
+    "runner_up": (np.int32, -1),
+    "runner_up_scores": (np.float32, np.nan),
+    "index_queries": (np.float32, 0),
+    "index_weights": (np.float32, 0),
+    "entry_probs": (np.float16, 0),
+}
+
+
+class LayerRecord:
+    """Columns of one attention layer, and the tensors that wait to become rows."""
+
+    def __init__(self, layer: int, kind: str, ratio: int) -> None:
+        self.layer, self.kind, self.ratio = layer, kind, ratio
+        self.columns = {name: Column(*how) for name, how in _COLUMNS.items()}
+        self.pending: list[Attention | IndexQueries] = []
+        self.index_keys: Tensor | None = None
+
+    def flush(self) -> None:
+        pending, self.pending = self.pending, []
+        attention = [p for p in pending if isinstance(p, Attention)]
+        index = [p for p in pending if isinstance(p, IndexQueries)]
+        for run in _alike(attention):
+            self._append("window_probs", [a.window_probs for a in run])
+            self._append("sink_probs", [a.sink_probs for a in run])
+            if self.kind == "csa":
+                self._append_selection(run)
+            elif self.kind == "hca":
+                for a in run:
+                    self.columns["entry_probs"].append(pooled_rows(a.entry_probs[0], a.start, self.ratio))
+        for queries in index:
+            self._append("index_queries", [queries.q])
+            self._append("index_weights", [queries.w])
+
+    def _append_selection(self, run: list[Attention]) -> None:
+        if run[0].selection is None:  # no entry was complete yet
+            t, heads = sum(a.sink_probs.shape[1] for a in run), run[0].sink_probs.shape[2]
+            for name in ("selected", "selected_scores"):
+                self.columns[name].append(np.zeros((t, 0), np.float32))
+            self.columns["selected_probs"].append(np.zeros((t, heads, 0), np.float32))
+            self.columns["runner_up"].append(np.full(t, -1, np.int32))
+            self.columns["runner_up_scores"].append(np.full(t, np.nan, np.float32))
+            return
+        self._append("selected", [a.selection.entries for a in run if a.selection])
+        self._append("selected_scores", [_finite(a.selection.scores) for a in run if a.selection])
+        self._append("selected_probs", [a.entry_probs for a in run])
+        self._append("runner_up", [_first(a.runner_up.entries, -1) for a in run if a.runner_up])
+        self._append("runner_up_scores", [_first(_finite(a.runner_up.scores), np.nan) for a in run if a.runner_up])
+
+    def _append(self, name: str, tensors: list[Tensor]) -> None:
+        self.columns[name].append(torch.cat([t[0] for t in tensors]).float().cpu().numpy())
+
+    def snapshot(self, length: int) -> LayerTrace:
+        self.flush()
+        names = ["window_probs", "sink_probs"]
+        if self.kind == "csa":
+            names += ["selected", "selected_scores", "selected_probs", "runner_up", "runner_up_scores", "index_queries", "index_weights"]
+        elif self.kind == "hca":
+            names += ["entry_probs"]
+        arrays = {name: self.columns[name].rows()[:length] for name in names}
+        if self.index_keys is not None:
+            arrays["index_keys"] = self.index_keys[0, : length // self.ratio].float().cpu().numpy()
+        return LayerTrace(self.layer, self.kind, self.ratio, **arrays)
+
+
+def _alike(records: list[Attention]) -> list[list[Attention]]:
+    """Neighbouring records whose rows have equal widths, so that each group becomes one concatenation."""
+    groups: list[list[Attention]] = []
+    shape = None
+    for record in records:
+        mine = (record.entry_probs.shape[-1], record.selection is None)
+        if mine != shape:
+            groups.append([])
+        groups[-1].append(record)
+        shape = mine
+    return groups
+
+
+def _finite(scores: Tensor) -> Tensor:
+    return scores.masked_fill(scores == -torch.inf, torch.nan)
+
+
+def _first(values: Tensor, missing: float) -> Tensor:
+    """[B, T, 0 or 1] -> [B, T]."""
+    return values[..., 0] if values.shape[-1] else values.new_full(values.shape[:-1], missing)
+
+
+def pooled_rows(probs: Tensor, start: int, ratio: int) -> np.ndarray:
+    """Probabilities over all entries [T, H, S] -> at most 2,048 tokens' worth of columns, max-pooled as LayerTrace describes."""
+    columns = max(1, FULL_ROW_TOKENS // ratio)
+    t, heads, entries = probs.shape
+    out = np.zeros((t, heads, min(columns, entries)), np.float16)
+    edges = [0]
+    while edges[-1] < t:  # stretches of queries that share one pooling factor
+        pooling = entry_pooling(start + edges[-1])
+        edges.append(min(t, pooling * FULL_ROW_TOKENS - start))
+        part = probs[edges[-2] : edges[-1]]
+        if pooling > 1:
+            part = torch.nn.functional.pad(part, (0, -entries % pooling)).unflatten(-1, (-1, pooling)).amax(-1)
+        part = part[..., : out.shape[-1]]
+        out[edges[-2] : edges[-1], :, : part.shape[-1]] = part.cpu().numpy()
+    return out
+
+
+class Recorder:
+    """Use as a context around the calls of one thread; ``step`` before each call of the model, ``finish_step`` after it."""
+
+    def __init__(self, model: V4Model, *, spans_only: bool = False) -> None:
+        """``spans_only`` times blocks and lookups and leaves attention alone."""
+        self.model, self.spans_only = model, spans_only
+        config = model.config
+        self.layers = [
+            LayerRecord(i, kind, ratio) for i, (kind, ratio) in enumerate(zip(config.layer_kinds, config.compress_ratios, strict=True))
+        ]
+        self.engram = {layer: (Column(np.int64), Column(np.float16)) for layer in (config.engram.layer_ids if config.engram else ())}
+        self.spans: list[Span] = []
+        self.cache_bytes = {part: Column(np.int64) for part in PARTS}
+        self.cache_reserved = Column(np.int64)
+        self.step_starts = Column(np.int32)
+        self.length = 0
+        self._zero = time.perf_counter()
+        self._thread = 0
+        self._hooks: list[Any] = []
+        self._steps = 0
+        self._block_from = 0.0
+        self._waited = 0.0
+        self._lock = threading.Lock()  # a snapshot may be asked for while the run works
+
+    def __enter__(self) -> Recorder:
+        self._thread = threading.get_ident()
+        for i, block in enumerate(self.model.layers):
+            if not self.spans_only:
+                self._hook(block.attn.attention_tap.register_forward_hook, self._on_attention(self.layers[i]))  # type: ignore[union-attr]
+            if self.layers[i].kind == "csa" and not self.spans_only:
+                self._hook(block.attn.indexer.index_tap.register_forward_hook, self._on_index(self.layers[i]))  # type: ignore[union-attr]
+            if i in self.engram:
+                if not self.spans_only:
+                    self._hook(block.engram.gate_tap.register_forward_hook, self._on_gates(i))  # type: ignore[union-attr]
+                self._hook(block.lookup_tap.register_forward_hook, self._on_lookup)  # type: ignore[union-attr]
+            self._hook(block.register_forward_pre_hook, self._on_block_start)
+            self._hook(block.register_forward_hook, self._on_block_end(i))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _hook(self, register: Any, callback: Any) -> None:
+        def only_mine(*args: Any) -> None:
+            if threading.get_ident() == self._thread:
+                with self._lock:
+                    callback(*args)
+
+        self._hooks.append(register(only_mine))
+
+    def _on_attention(self, layer: LayerRecord) -> Any:
+        return lambda _module, _inputs, record: layer.pending.append(record)
+
+    def _on_index(self, layer: LayerRecord) -> Any:
+        def note(_module: Any, _inputs: Any, index: IndexQueries) -> None:
+            layer.index_keys = index.k
+            layer.pending.append(index)
+
+        return note
+
+    def _on_gates(self, layer: int) -> Any:
+        def note(_module: Any, _inputs: Any, seen: EngramGates) -> None:
+            rows, gates = self.engram[layer]
+            rows.append(seen.rows[0].cpu().numpy())
+            gates.append(seen.gates[0].float().cpu().numpy())
+
+        return note
+
+    def _on_lookup(self, _module: Any, _inputs: Any, lookup: Lookup) -> None:
+        name = f"layer {lookup.layer}"
+        self._span("lookup", f"{name} hash", lookup.started_s, lookup.hashed_s)
+        self._span("lookup", f"{name} gather", lookup.hashed_s, lookup.gathered_s, after=(f"{name} hash",))
+        if lookup.gathered_s > lookup.wait_from_s:  # the rows were not there when the layer asked
+            self._span("stall", f"{name} waits", lookup.wait_from_s, lookup.wait_to_s, after=(f"{name} gather",))
+            self._waited = lookup.wait_to_s
+
+    def _on_block_start(self, _module: Any, _inputs: Any) -> None:
+        self._block_from = time.perf_counter()
+        self._waited = 0.0
+
+    def _on_block_end(self, layer: int) -> Any:
+        def note(_module: Any, _inputs: Any, _out: Any) -> None:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # so that a span ends when the work does
+            after = (f"layer {layer} gather",) if layer in self.engram else ()
+            self._span("compute", f"layer {layer}", max(self._block_from, self._waited), time.perf_counter(), after=after)
+
+        return note
+
+    def _span(self, lane: str, name: str, start: float, end: float, after: tuple[str, ...] = ()) -> None:
+        self.spans.append(Span(lane, name, self._steps, start - self._zero, end - self._zero, "measured", after))
+
+    def finish_step(self, tokens: int, cache: KVCache) -> None:
+        """Note what one call of the model left: its tokens and the bytes its cache holds now."""
+        with self._lock:
+            self.step_starts.append(np.array([self.length]))
+            self.length += tokens
+            self._steps += 1
+            for part, held in cache.nbytes_by_part().items():
+                self.cache_bytes[part].append(np.array([held]))
+            self.cache_reserved.append(np.array([cache.nbytes_reserved]))
+            if tokens > 1 or self._steps % PENDING_STEPS == 0:
+                for layer in self.layers:
+                    layer.flush()
+
+    def timeline_since(self, start: float) -> tuple[Span, ...]:
+        """All spans with their times counted from ``start`` (``time.perf_counter`` seconds), for a single measured call."""
+        shift = start - self._zero
+        return tuple(replace(s, start_s=max(0.0, s.start_s - shift), end_s=max(0.0, s.end_s - shift)) for s in self.spans)
+
+    def snapshot(self, device: str) -> dict[str, Any]:
+        """Fields of a Trace for all finished steps; safe to call from another thread while the run works."""
+        with self._lock:
+            length, steps = self.length, self._steps
+            spans = tuple(span for span in self.spans if span.step < steps)
+            return {
+                "layers": tuple(layer.snapshot(length) for layer in self.layers) if length else (),
+                "engram": tuple(
+                    EngramTrace(layer, rows.rows()[:length], gates.rows()[:length])
+                    for layer, (rows, gates) in self.engram.items()
+                    if length
+                ),
+                "timeline": Timeline("measured", spans, device, "one forward pass a step; compute lane: blocks as a whole"),
+                "step_starts": self.step_starts.rows()[:steps],
+                "cache_bytes": {part: column.rows()[:steps] for part, column in self.cache_bytes.items()},
+                "cache_reserved": self.cache_reserved.rows()[:steps],
+            }

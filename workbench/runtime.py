@@ -1,0 +1,180 @@
+"""The machine under the workbench: threads, devices, and what a label or ``workbench doctor`` says about them.
+
+Threads are set here and nowhere else. torch is imported only by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+_COMPARE = {"==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def cores() -> int:
+    """CPU cores this process may use: its affinity mask, and a container's quota where one is set."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")  # "max 100000", or "150000 100000" for 1.5 cores
+    if quota.isdigit() and period.strip().isdigit():
+        count = min(count, -(-int(quota) // int(period)))
+    return max(1, count)
+
+
+def memory_bytes() -> int | None:
+    """Main memory this process may use, or None where the system does not say (Windows)."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def threads_for_run() -> int:
+    """Threads for a live run: one core is left to the Engram lookup; OMP_NUM_THREADS, where set, is an upper limit."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    free = max(1, cores() - 1)
+    return min(free, int(limit)) if limit.isdigit() and int(limit) else free
+
+
+def use_threads(n: int) -> None:
+    """Let torch compute with ``n`` threads from now on, in the whole process. Raises InputError if n is not positive."""
+    if n < 1:
+        raise InputError(f"threads must be at least 1, got {n}")
+    import torch
+
+    torch.set_num_threads(n)
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The torch device for "auto" (CUDA if there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises InputError for another name, or for a CUDA device that this machine does not have.
+    """
+    import torch
+
+    wanted = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", str(name))
+    if wanted is None:
+        raise InputError(f"device {str(name)!r} is unknown; give 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted[0] == "auto":
+        return torch.device("cuda" if found else "cpu")
+    if wanted[0] != "cpu" and int(wanted[1] or 0) >= found:
+        raise InputError(
+            f"device {wanted[0]!r} is not available: torch {torch.__version__} sees {found} CUDA devices; use 'cpu'"
+        )
+    return torch.device(wanted[0])
+
+
+def device_name(device: str | torch.device = "cpu") -> str:
+    """A label for figures and traces, such as "CPU (AMD EPYC, 2 cores)" or "NVIDIA H100 80GB HBM3"."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({_processor()}, {cores()} core{'s' if cores() > 1 else ''})"
+
+
+def machine(*, accelerator: bool = False) -> dict[str, Any]:
+    """What a measurement should be stored with, as plain values; what the system does not tell is None.
+
+    ``accelerator=True`` imports torch to ask for CUDA devices; otherwise "cuda" is missing and nothing is imported.
+    """
+    found: dict[str, Any] = {
+        "device": device_name("cpu"),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # runnable processes, last minute
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": installed_version("torch"),
+    }
+    if accelerator:
+        import torch
+
+        devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        found |= {"cuda": [torch.cuda.get_device_name(i) for i in devices], "threads": torch.get_num_threads()}
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a package, read from its metadata, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def requirements() -> dict[str, tuple[str, bool]]:
+    """Package -> (version bounds, needed by tests only), as this workbench declares them."""
+    try:
+        lines = metadata.requires("deepseek-v4-workbench") or []
+    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        import tomllib
+
+        project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        lines = project["dependencies"] + [f"{line}; extra" for line in project["optional-dependencies"]["test"]]
+    found = {}
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        name, bounds = re.fullmatch(r"([\w.-]+)\s*(.*?)\s*", requirement).groups()  # type: ignore[union-attr]
+        found[name] = (bounds, "extra" in marker)
+    return found
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether a version such as "2.13.0+cpu" satisfies bounds such as ">=2.6,<2.14" or "==5.23.0"; numbers only."""
+    for bound in filter(None, bounds.split(",")):
+        sign, limit = re.fullmatch(r"\s*([=<>!]+)\s*(.+?)\s*", bound).groups()  # type: ignore[union-attr]
+        if not _COMPARE[sign](_numbers(version), _numbers(limit)):
+            return False
+    return True
+
+
+def find_chromium() -> str | None:
+    """Path of an installed Chromium or Chrome, which the browser tests drive."""
+    return next(filter(None, map(shutil.which, _BROWSERS)), None)
+
+
+def checkpoints() -> dict[str, int]:
+    """Shipped checkpoints: name -> bytes of its folder."""
+    folders = sorted(path.parent for path in (Path(__file__).parent / "assets").glob("*/config.json"))
+    return {f.name: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Release numbers, trailing zeros dropped so that 3 equals 3.0."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in release.group().split(".")] if release else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _processor() -> str:
+    """The processor's name; an architecture ("aarch64") where no better name is known."""
+    named = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    name = named.group(1) if named else platform.processor() or platform.machine() or sys.platform
+    return re.sub(r"\((?:R|TM)\)|\bCPU\b|\bProcessor\b|@.*|\d+-Core", "", name).replace("  ", " ").strip() or name
+
+
+def _read(path: str) -> str:
+    """A file of the system, empty where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,97 @@
+"""Recipes of the checkpoints that ship: shape, data, schedule and seed in one record, stored beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from workbench.config import EngramConfig, ModelConfig, RopeConfig
+from workbench.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """``steps`` optimiser steps on ``batch`` sequences of ``length`` tokens.
+
+    ``selection`` "dense": CSA attends to every visible entry while its indexer learns to imitate that attention;
+    "sparse": only the indexer's top-k. A dense phase may not hand over before the indexer finds ``hit_target`` of the needles.
+    """
+
+    steps: int
+    length: int
+    batch: int
+    selection: str
+    hit_target: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    name: str
+    seed: int
+    phases: tuple[Phase, ...]
+    engram: bool = False
+    vocab_size: int = 1536
+    plain_share: float = 0.25  # of the sequences of a batch, text without needles
+    muon_lr: float = 1e-2
+    adam_lr: float = 5e-3
+    table_lr: float = 1e-2
+    weight_decay: float = 0.05
+    warmup_steps: int = 40
+    final_lr: float = 0.05  # share of the peak
+    clip: float = 1.0
+    balance: float = 1e-3  # step of the router biases, aux-loss-free balancing
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def config(self, compressed_vocab_size: int) -> ModelConfig:
+        """The tiny shape: small window, ratios and top-k, so that 256 tokens already need compression and selection."""
+        engram = EngramConfig(
+            layer_ids=(1,), vocab_size=8192, compressed_vocab_size=compressed_vocab_size, n_heads=4, head_dim=16
+        )
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=96,
+            num_attention_heads=4,
+            head_dim=64,
+            qk_rope_head_dim=8,
+            q_lora_rank=64,
+            o_groups=2,
+            o_lora_rank=64,
+            layer_kinds=("window", "csa", "hca", "csa"),
+            mlp_kinds=("hash", "score", "score", "score"),
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            index_n_heads=4,
+            index_head_dim=32,
+            index_topk=8,
+            csa_ratio=4,
+            hca_ratio=32,
+            sliding_window=16,
+            compress_rope=RopeConfig(theta=160000.0, factor=16.0, original_max_position_embeddings=8192),
+            max_position_embeddings=131072,
+            engram=engram if self.engram else None,
+        )
+
+
+_TINY_V4 = Recipe(
+    name="tiny-v4",
+    seed=1,
+    phases=(
+        Phase(steps=500, length=256, batch=8, selection="dense", hit_target=0.98),
+        Phase(steps=400, length=256, batch=8, selection="sparse"),
+        Phase(steps=100, length=1024, batch=2, selection="sparse"),
+    ),
+)
+RECIPES = {recipe.name: recipe for recipe in (_TINY_V4, replace(_TINY_V4, name="tiny-v4-engram", engram=True))}
+
+
+def recipe_named(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise InputError(f"recipe {name!r} is unknown; choose one of {sorted(RECIPES)}")
+    return RECIPES[name]

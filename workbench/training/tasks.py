@@ -1,0 +1,228 @@
+"""The data tiny models learn from: real text every Python has, with needles hidden in it and asked for later.
+
+A *recall stream* is a line of slots: eight tokens of text, a needle (" The code of apple is 37."), or the same sentence again
+for a key written earlier, whose value the model must recall. (reference/tiny-model.md, section 2)
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics as _topics
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from workbench.errors import InputError, WorkbenchError
+
+KEYS = tuple(
+    "apple river piano garden window bottle candle forest mirror pencil rabbit silver tunnel violin wallet zebra anchor basket "
+    "camera desert engine feather guitar hammer island jacket kitchen ladder magnet needle ocean parrot quilt rocket saddle "
+    "teapot umbrella valley wagon yacht acorn bridge castle dragon eagle falcon glacier harbor igloo jungle kettle lantern "
+    "meadow napkin orange pepper queen ribbon spider tiger uncle velvet walnut barrel button carpet dolphin elbow flower goose "
+    "helmet insect jewel kitten lemon monkey nest onion pillow quartz raven salmon tomato turtle vessel whale almond beaver cactus "
+    "donkey ember fabric ginger hornet ivory jasmine koala lizard marble nectar olive puzzle quiver radish spoon thunder trumpet vase "
+    "willow yogurt bamboo copper drum emerald fossil grape honey iron jelly kite lotus melon noodle oyster peach rose".split()
+)
+VALUES = tuple(str(n) for n in range(10, 100))
+SLOT = 8  # tokens of text in a filler slot
+HELD_OUT = 12  # every twelfth topic and module is never trained on
+MAX_MODULE_BYTES = 150_000
+BOS = "<|bos|>"
+
+
+def needle(key: str, value: str) -> str:
+    return f" The code of {key} is {value}."
+
+
+def question(key: str) -> str:
+    """The start of the needle's sentence; the next token is the value."""
+    return f" The code of {key} is"
+
+
+def _sources() -> tuple[list[str], list[str]]:
+    """Documentation topics and standard-library sources of this Python, in a fixed order."""
+    prose = [text for _, text in sorted(_topics.topics.items())]
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = [p for p in sorted(folder.glob("*.py")) if p.stat().st_size <= MAX_MODULE_BYTES]
+    return prose, [p.read_text(encoding="utf-8", errors="ignore") for p in paths]
+
+
+def corpus() -> tuple[str, str]:
+    """(training text, held-out text): whole topics and modules, never parts of one in both."""
+    prose, code = _sources()
+    train = [t for group in (prose, code) for i, t in enumerate(group) if i % HELD_OUT]
+    held = [t for group in (prose, code) for i, t in enumerate(group) if i % HELD_OUT == 0]
+    return "\n".join(train), "\n".join(held)
+
+
+def heldout_sample(text_limit: int = 200_000) -> str:
+    """At most ``text_limit`` UTF-8 bytes of held-out text, half documentation and half source where there is enough."""
+    prose, code = ("\n".join(group[::HELD_OUT]) for group in _sources())
+    first = _cut(prose, text_limit // 2)
+    return first + _cut(code, text_limit - len(first.encode()))
+
+
+def _cut(text: str, limit: int) -> str:
+    return text.encode()[:limit].decode(errors="ignore")
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int = 1536) -> Tokenizer:
+    """Byte-level BPE in which every key, value and word of the needle sentence is one token; any text round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Words that must become single tokens are shown more often than anything else.
+    words = "".join(needle(k, VALUES[i % len(VALUES)]) + f" {VALUES[(i * 7) % len(VALUES)]}" for i, k in enumerate(KEYS))
+    often = max(1, sum(map(len, texts)) // 2000)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(BOS, special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, *[words] * often], trainer)
+    pieces = [" The", " code", " of", " is", ".", *(f" {k}" for k in KEYS), *(f" {v}" for v in VALUES)]
+    broken = [piece for piece in pieces if len(tokenizer.encode(piece).ids) != 1]
+    if broken:
+        raise WorkbenchError(f"vocab_size {vocab_size} leaves {len(broken)} needle words in pieces, such as {broken[:3]}; enlarge it")
+    return tokenizer
+
+
+def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """Engram's tokenizer compression: [V] canonical id of every token, numbered in order of first appearance.
+
+    Tokens whose text is the same after NFKC, accents stripped, lower case and white space folded share an id; pieces of a
+    multi-byte character keep their own. (reference/engram-and-overlap.md, section 1.1)
+    """
+    mark = "\ue000"  # protects a token that is exactly one space from being stripped
+    normalise = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex("^ $"), mark),
+            normalizers.Strip(),
+            normalizers.Replace(mark, " "),
+        ]
+    )
+    numbers: dict[str, int] = {}
+    out = []
+    for token in range(tokenizer.get_vocab_size()):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        raw = tokenizer.id_to_token(token)
+        key = raw if "\ufffd" in text else (normalise.normalize_str(text) or text)
+        out.append(numbers.setdefault(key, len(numbers)))
+    return np.asarray(out, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class RecallBatch:
+    """ids [B, T] int64. Position t is about predicting ids[t + 1]: ``text_mask`` where both are untouched text, ``read_mask``
+    where a value must be recalled, whose written twin stands at ``needle_position`` (-1 elsewhere)."""
+
+    ids: np.ndarray
+    text_mask: np.ndarray
+    read_mask: np.ndarray
+    needle_position: np.ndarray
+
+
+class RecallStream:
+    """Makes batches of text with needles and questions; everything follows from the generator given."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text_ids: np.ndarray,
+        *,
+        write_prob: float = 0.25,
+        read_prob: float = 0.4,
+        key_count: int | None = None,
+    ) -> None:
+        one = lambda text: tokenizer.encode(text).ids  # noqa: E731
+        self.text = np.asarray(text_ids, np.int64)
+        self.write_prob, self.read_prob = write_prob, read_prob
+        self.keys = np.array([one(f" {k}")[0] for k in KEYS[:key_count]])
+        self.values = np.array([one(f" {v}")[0] for v in VALUES])
+        self.sentence = np.array(one(needle(KEYS[0], VALUES[0])))  # key third from the value, value before the full stop
+        self.key_at, self.value_at = 3, 5
+        if len(self.sentence) != 7:
+            raise InputError("this tokenizer splits the needle sentence; use one made by train_tokenizer")
+
+    def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> RecallBatch:
+        return _stack([self._sequence(rng, length) for _ in range(batch_size)])
+
+    def _sequence(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, ...]:
+        slots = length // len(self.sentence) + 2
+        kinds = rng.random(slots)
+        keys = rng.permutation(len(self.keys))
+        values = self.values[rng.integers(len(self.values), size=slots)]
+        picks = rng.random((slots, 2))
+        text_at = int(rng.integers(max(1, len(self.text) - length - SLOT)))
+        total = slots * max(SLOT, len(self.sentence))
+        ids, text = np.zeros(total, np.int64), np.zeros(total, bool)
+        read, twin = np.zeros(total, bool), np.full(total, -1, np.int64)
+        written: list[tuple[int, int, int]] = []  # key, value, position of the value
+        at = 0
+        for slot in range(slots):
+            if at >= length:
+                break
+            record = None
+            if kinds[slot] < self.write_prob and len(written) < len(keys):
+                record = (int(self.keys[keys[len(written)]]), int(values[slot]), -1)
+            elif self.write_prob <= kinds[slot] < self.write_prob + self.read_prob and written:
+                recent = min(3, len(written)) if picks[slot, 0] < 0.5 else len(written)
+                record = written[len(written) - 1 - int(picks[slot, 1] * recent)]
+            if record is None:
+                ids[at : at + SLOT] = self.text[text_at : text_at + SLOT]
+                text[at : at + SLOT] = True
+                text_at, at = text_at + SLOT, at + SLOT
+                continue
+            end = at + len(self.sentence)
+            ids[at:end] = self.sentence
+            ids[at + self.key_at], ids[at + self.value_at] = record[:2]
+            if record[2] < 0:
+                written.append((record[0], record[1], at + self.value_at))
+            else:
+                read[at + self.value_at - 1] = True
+                twin[at + self.value_at - 1] = record[2]
+            at = end
+        ids, text, read, twin = ids[:length], text[:length], read[:length], twin[:length]
+        text_pairs = np.append(text[:-1] & text[1:], False)
+        read[-1] = False
+        return ids, text_pairs, read, np.where(read, twin, -1)
+
+
+def _stack(rows: list[tuple[np.ndarray, ...]]) -> RecallBatch:
+    return RecallBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+def plain_batch(rng: np.random.Generator, text_ids: np.ndarray, batch_size: int, length: int) -> RecallBatch:
+    """Text alone, from random places."""
+    starts = rng.integers(len(text_ids) - length, size=batch_size)
+    ids = np.stack([text_ids[s : s + length] for s in starts]).astype(np.int64)
+    mask = np.ones(ids.shape, bool)
+    mask[:, -1] = False
+    return RecallBatch(ids, mask, np.zeros(ids.shape, bool), np.full(ids.shape, -1, np.int64))
+
+
+def haystack(
+    tokenizer: Tokenizer, text_ids: np.ndarray, rng: np.random.Generator, length: int, key: str, value: str, depth: float
+) -> tuple[np.ndarray, int]:
+    """Exactly ``length`` tokens of text with one needle at ``depth`` (0 start, 1 end) and its question at the end.
+
+    Returns the ids and the position of the value token.
+    """
+    record, asked = tokenizer.encode(needle(key, value)).ids, tokenizer.encode(question(key)).ids
+    filler = length - len(record) - len(asked)
+    if filler < 0 or not 0 <= depth <= 1:
+        raise InputError(f"need a length of at least {len(record) + len(asked)} and a depth in 0..1, got {length} and {depth}")
+    start = int(rng.integers(max(1, len(text_ids) - filler)))
+    text = np.asarray(text_ids[start : start + filler])
+    cut = round(depth * filler)
+    ids = np.concatenate([text[:cut], record, text[cut:], asked]).astype(np.int64)
+    return ids, cut + len(record) - 2

@@ -1,0 +1,287 @@
+"""Training the checkpoints that ship: ``workbench train --recipe NAME``; weights, recipe, scores and curve are written together.
+
+Loss = next-token loss on text + next-token loss on the values asked for + the indexer's KL loss. The indexer learns from its
+KL loss alone and the model never from it. (reference/deepseek-v4.md, section 9; reference/tiny-model.md)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workbench import checkpoint
+from workbench.errors import InputError, WorkbenchError
+from workbench.model.attention.hybrid import Attention
+from workbench.model.transformer import V4Model
+from workbench.training import tasks
+from workbench.training.optimiser import optimisers
+from workbench.training.recipes import Phase, Recipe, recipe_named
+from workbench.training.score import needle_hits, recall, score_model, text_loss
+
+EVALUATE_EVERY, SAVE_EVERY = 50, 50
+STATE_FILE, PROGRESS_FILE = "resume.safetensors", "resume.json"
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    tokenizer: Any
+    train_ids: np.ndarray
+    heldout_ids: np.ndarray
+    canonical: np.ndarray
+
+
+def prepare(recipe: Recipe) -> Data:
+    """Corpus, tokenizer and canonical ids; the same for every recipe on one Python version."""
+    train_text, _ = tasks.corpus()
+    tokenizer = tasks.train_tokenizer([train_text], recipe.vocab_size)
+    encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)  # noqa: E731
+    return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), tasks.canonical_ids(tokenizer))
+
+
+def build(recipe: Recipe, data: Data) -> V4Model:
+    """The untrained model of a recipe, from its seed."""
+    torch.manual_seed(recipe.seed)
+    model = V4Model(recipe.config(int(data.canonical.max()) + 1))
+    with torch.no_grad():
+        torch.nn.init.normal_(model.embed.weight, std=0.5)
+    if model.config.engram:
+        model.engram_canonical_ids.copy_(torch.from_numpy(data.canonical))
+    model.tokenizer = data.tokenizer
+    model.name, model.what = recipe.name, "toy, untrained"
+    return model
+
+
+@contextmanager
+def listen(model: V4Model) -> Iterator[dict[int, list[Attention]]]:
+    """What the attention taps of CSA layers see during one forward pass, layer by layer; hooks go when the block ends."""
+    seen: dict[int, list[Attention]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
+    hooks = []
+    for layer, records in seen.items():
+        tap = model.layers[layer].attn.attention_tap  # type: ignore[union-attr]
+        hooks.append(tap.register_forward_hook(lambda _module, _inputs, record, to=records: to.append(record)))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def indexer_loss(records: dict[int, list[Attention]]) -> Tensor:
+    """KL(attention over compressed entries || softmax of index scores), the target summed over heads of the joint softmax.
+
+    Weighted by the attention mass that went to compressed entries, so queries that look nowhere far teach nothing.
+    """
+    losses = []
+    for layer in records.values():
+        for record in layer:
+            if record.selection is None:
+                continue
+            target = record.entry_probs.detach().sum(2)  # [B, T, K]
+            mass = target.sum(-1, keepdim=True)
+            target = target / mass.clamp(min=1e-9)
+            there = record.selection.entries >= 0
+            log_q = torch.log_softmax(record.selection.scores.masked_fill(~there, -1e9), dim=-1)
+            kl = (target * (target.clamp(min=1e-9).log() - log_q)).masked_fill(~there, 0.0).sum(-1)
+            losses.append((kl * mass.squeeze(-1)).sum() / mass.sum().clamp(min=1e-9))
+    return torch.stack(losses).mean()
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean loss of predicting ids[t + 1] at the masked positions t."""
+    where = mask[:, :-1]
+    return F.cross_entropy(logits[:, :-1][where], ids[:, 1:][where])
+
+
+def make_batch(recipe: Recipe, data: Data, stream: tasks.RecallStream, phase: Phase, step: int) -> tasks.RecallBatch:
+    """The batch of a step depends on seed and step alone, so an interrupted run goes on with the same data."""
+    rng = np.random.default_rng([recipe.seed, step])
+    plain = round(recipe.plain_share * phase.batch)
+    parts = [stream.batch(rng, phase.batch - plain, phase.length)]
+    if plain:
+        parts.append(tasks.plain_batch(rng, data.train_ids, plain, phase.length))
+    columns = ("ids", "text_mask", "read_mask", "needle_position")
+    return tasks.RecallBatch(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in columns})
+
+
+def learning_rate(recipe: Recipe, step: int, total: int) -> float:
+    """Share of the peak: linear warm-up, then linear decay."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    left = 1 - (step - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)
+    return recipe.final_lr + (1 - recipe.final_lr) * max(0.0, left)
+
+
+def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> None:
+    """b_e += step * sign(mean load - load_e): aux-loss-free balancing of the score-routed layers."""
+    for layer, load in loads.items():
+        gate = model.layers[layer].ffn.gate  # type: ignore[union-attr]
+        if not gate.hashed:
+            gate.bias += step * torch.sign(load.mean() - load)
+
+
+@contextmanager
+def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
+    """Tokens each expert got during the last forward pass, by layer."""
+    loads: dict[int, Tensor] = {}
+
+    def note(layer: int, experts: int):  # type: ignore[no-untyped-def]
+        def hook(_module, _inputs, out):  # type: ignore[no-untyped-def]
+            loads[layer] = torch.bincount(out[1].flatten(), minlength=experts).float()
+
+        return hook
+
+    experts = model.config.n_routed_experts
+    hooks = [b.ffn.routing_tap.register_forward_hook(note(i, experts)) for i, b in enumerate(model.layers)]  # type: ignore[union-attr]
+    try:
+        yield loads
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def train_step(
+    model: V4Model, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, phase: Phase
+) -> dict[str, float]:
+    """One optimiser step; returns the parts of the loss."""
+    ids = torch.from_numpy(batch.ids)
+    with listen(model) as attention, routed(model) as loads:
+        logits = model(ids, topk=phase.length if phase.selection == "dense" else None)
+    text = next_token_loss(logits, ids, torch.from_numpy(batch.text_mask))
+    reads = next_token_loss(logits, ids, torch.from_numpy(batch.read_mask))
+    index = indexer_loss(attention)
+    loss = text + reads + index
+    if not torch.isfinite(loss):
+        raise WorkbenchError("training diverged: the loss is not finite; lower the learning rates of the recipe")
+    for part in optimiser:
+        part.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    for part in optimiser:
+        part.step()
+    with torch.no_grad():
+        balance_routers(model, loads, recipe.balance)
+    return {"text": float(text), "reads": float(reads), "index_kl": float(index)}
+
+
+def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Train a recipe into ``out``: weights, config, tokenizer, recipe.json, curve.json and scores.json; returns the scores.
+
+    An interrupted run leaves its state in ``out`` and goes on from there; ``fresh`` starts over. Raises InputError for an
+    unknown recipe or a folder that holds another recipe's run.
+    """
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    say = progress or (lambda text, share: None)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    say("preparing text and tokenizer", 0.0)
+    data = prepare(recipe)
+    model = build(recipe, data)
+    parts = optimisers(model, recipe)
+    base_rates = [[group["lr"] for group in part.param_groups] for part in parts]
+    stream = tasks.RecallStream(data.tokenizer, data.train_ids)
+    step, curve, cpu_before = (0, [], 0.0) if fresh else _resume(out, recipe, model, parts)
+    cpu_start = time.process_time()
+    ends = np.cumsum([phase.steps for phase in recipe.phases])
+    total = int(ends[-1])
+    model.train()
+    while step < total:
+        phase = recipe.phases[int(np.searchsorted(ends, step, side="right"))]
+        for part, rates in zip(parts, base_rates, strict=True):
+            for group, rate in zip(part.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate(recipe, step, total)
+        losses = train_step(model, parts, recipe, make_batch(recipe, data, stream, phase, step), phase)
+        step += 1
+        say(f"step {step}/{total} text {losses['text']:.2f} reads {losses['reads']:.2f}", step / total)
+        if step % EVALUATE_EVERY == 0 or step == total:
+            curve.append({"step": step, "cpu_s": round(cpu_before + time.process_time() - cpu_start, 1)} | losses | quick_scores(model, data))
+            _save_state(out, recipe, model, parts, step, curve, cpu_before + time.process_time() - cpu_start)
+        if step in ends[:-1] and phase.hit_target and max(curve[-1]["hit_at_topk"].values()) < phase.hit_target:
+            raise WorkbenchError(
+                f"the indexer finds {max(curve[-1]['hit_at_topk'].values()):.0%} of the needles after step {step}, the recipe wants "
+                f"{phase.hit_target:.0%} before going sparse; give the dense phase more steps"
+            )
+    model.eval()
+    model.what = "toy, trained"
+    say("scoring", 1.0)
+    checkpoint.save(model, out)
+    scores = score_model(checkpoint.load(out), data.heldout_ids)
+    cpu = round(cpu_before + time.process_time() - cpu_start, 1)
+    (out / "recipe.json").write_text(json.dumps(recipe.to_dict() | {"trained_with": checkpoint_note(cpu)}, indent=1))
+    (out / "curve.json").write_text(json.dumps(curve))
+    (out / "scores.json").write_text(json.dumps(scores, indent=1))
+    (out / STATE_FILE).unlink(missing_ok=True)
+    (out / PROGRESS_FILE).unlink(missing_ok=True)
+    return scores
+
+
+def checkpoint_note(cpu_seconds: float) -> dict[str, Any]:
+    import platform
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "cpu_seconds": cpu_seconds}
+
+
+def quick_scores(model: V4Model, data: Data, batches: int = 2) -> dict[str, Any]:
+    """Recall, hit rates and text loss on a few held-out batches, for the curve and the hand-over to sparse selection."""
+    rng = np.random.default_rng(12345)
+    stream = tasks.RecallStream(data.tokenizer, data.heldout_ids)
+    tests = [stream.batch(rng, 8, 256) for _ in range(batches)]
+    model.eval()
+    far = recall(model, tests)
+    out = {
+        "recall": far["far"],
+        "hit_at_2": needle_hits(model, tests, 2),
+        "hit_at_topk": needle_hits(model, tests, model.config.index_topk),
+        "heldout_text": text_loss(model, data.heldout_ids, windows=8, length=256),
+    }
+    model.train()
+    return out
+
+
+def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for number, part in enumerate(parts):
+        for key, state in part.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{key}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    return {name: value.contiguous().clone() for name, value in tensors.items()}
+
+
+def _save_state(
+    out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer], step: int, curve: list[dict[str, Any]], cpu: float
+) -> None:
+    temporary = out / (STATE_FILE + ".part")
+    save_file(_tensors(model, parts), temporary, metadata={"step": str(step)})
+    temporary.replace(out / STATE_FILE)
+    note = {"recipe": recipe.to_dict(), "step": step, "curve": curve, "cpu_s": cpu}
+    (out / PROGRESS_FILE).write_text(json.dumps(note))
+
+
+def _resume(
+    out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer]
+) -> tuple[int, list[dict[str, Any]], float]:
+    if not (out / PROGRESS_FILE).exists() or not (out / STATE_FILE).exists():
+        return 0, [], 0.0
+    note = json.loads((out / PROGRESS_FILE).read_text())
+    if note["recipe"] != json.loads(json.dumps(recipe.to_dict())):
+        raise InputError(f"{out} holds an unfinished run of another recipe; choose another folder or start fresh")
+    tensors = load_file(out / STATE_FILE)
+    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    for number, part in enumerate(parts):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimiser.{number}."):
+                _, _, key, field = name.split(".", 3)
+                state.setdefault(int(key), {})[field] = value
+        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+    return note["step"], note["curve"], note["cpu_s"]

@@ -1,0 +1,407 @@
+"""AttentionExplorer: which tokens and compressed entries each query looks at, layer by layer and head by head."""
+
+from __future__ import annotations
+
+import base64
+import html
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as ipw
+
+from workbench.figures import style
+from workbench.figures.attention import (
+    Head,
+    Range,
+    Tile,
+    attention_tile,
+    composite_tile,
+    describe,
+    describe_head,
+    describe_layer,
+    layer_thumbnails,
+    query_strip,
+    source_probs,
+    thumbnails,
+)
+from workbench.figures.text import text_view
+from workbench.trace import LayerTrace, Trace
+from workbench.widgets.render import Pointer, as_output
+from workbench.widgets.session import FINAL_STATES, Session, session_of
+
+if TYPE_CHECKING:
+    from workbench.live import LiveRun
+
+VIEWS = {
+    "window and entries": "both",
+    "compressed entries": "entries",
+    "window": "window",
+    "on one token axis": "composite",
+}
+TILE_PIXELS = 520
+MIN_SIDE_PIXELS = 120  # a picture of few cells is stretched to this
+MIN_LABEL_PIXELS = 13  # cells at least this large are labelled one by one
+TICKS = 7
+TEXT_PIXELS = 300
+MOST_THUMBNAILS = 24  # of heads, and of layers; the menus list all
+TITLE = "<div style='line-height:1.5'><b>{}</b><br>{}</div>"
+
+_THUMBNAIL_CSS = """<style>
+.wb-thumbs {display: flex; flex-wrap: wrap; gap: 6px; align-items: end; font: 11px var(--jp-ui-font-family, sans-serif);
+  color: var(--jp-ui-font-color1, inherit); padding: 3px}
+.wb-thumbs button {font: inherit; color: inherit; background: none; border: 2px solid transparent; border-radius: 3px;
+  padding: 2px; cursor: pointer}
+.wb-thumbs button:hover {border-color: var(--jp-border-color1, grey)}
+.wb-thumbs button[aria-pressed=true] {border-color: #d55e00; font-weight: bold}
+.wb-thumbs img {display: block; width: 56px; height: 56px; image-rendering: pixelated; margin: 0 auto 2px;
+  box-shadow: 0 0 0 1px var(--jp-border-color2, grey)}
+.wb-thumbs hr {width: 1px; height: 60px; border: 0; margin: 0 6px; background: var(--jp-border-color1, grey)}
+</style>"""
+
+
+class AttentionExplorer(ipw.VBox):
+    """Thumbnails of layers and heads, one attention map to point at, one query as a chart, and the text it looks at.
+
+    Takes a LiveRun, a Trace or a Session and follows its chosen token, layer and head. It redraws only what a change
+    touches; changes may come from the session's painter thread. ``close`` stops following.
+    """
+
+    def __init__(self, source: LiveRun | Trace | Session) -> None:
+        self.session = session_of(source)
+        self._lock = threading.RLock()
+        self._syncing: int | None = None  # the thread that is copying the session's state into the controls
+        self._drawn: dict[str, Any] = {}
+        self._zoom: tuple[Range, Range] | None = None
+        self._at: tuple[int, int] | None = None  # query and column last pointed at
+        self.tile: Tile | None = None
+        self._make_controls()
+        self.title, self.readout = ipw.HTML(), ipw.HTML()
+        self.thumbnails = Pointer(mode="text", label="Thumbnails of layers and heads: choose one to look at it")
+        self.map = Pointer(mode="picture", label="Attention map")
+        self.strip = ipw.Output(layout=ipw.Layout(width="100%"))
+        self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
+        self.thumbnails.on_msg(self._on_thumbnail)
+        self.map.on_msg(self._on_map)
+        self.text.on_msg(self._on_text)
+        wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
+        side = ipw.VBox([self.readout, self.strip], layout=ipw.Layout(flex="1 1 420px", min_width="380px"))
+        super().__init__(
+            [
+                self.title,
+                self.thumbnails,
+                ipw.HBox([self.layer, self.head, self.view, self.token], layout=wrap),
+                ipw.HBox(self.zoom_buttons, layout=wrap),
+                ipw.HBox([self.map, side], layout=ipw.Layout(flex_flow="row wrap")),
+                self.text,
+            ]
+        )
+        self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        self._redraw()
+
+    def close(self) -> None:
+        self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        super().close()
+
+    def _make_controls(self) -> None:
+        menu = ipw.Layout(width="240px")
+        self.layer = ipw.Dropdown(description="Layer", layout=menu)
+        self.head = ipw.Dropdown(description="Head", layout=ipw.Layout(width="200px"))
+        self.view = ipw.Dropdown(description="View", options=VIEWS, value="both", layout=menu)
+        self.token = ipw.BoundedIntText(description="Query token", min=0, max=0, layout=ipw.Layout(width="190px"))
+        self.zoom_buttons = tuple(
+            ipw.Button(description=name, tooltip=tip, layout=ipw.Layout(width="auto"))
+            for name, tip in (
+                ("Zoom in", "twice as close around the cross-hair (key +)"),
+                ("Zoom out", "twice as far (key -)"),
+                ("Whole map", "all queries and columns (key 0)"),
+            )
+        )
+        self.layer.observe(self._when_chosen("layer"), names="value")
+        self.head.observe(self._when_chosen("head"), names="value")
+        self.token.observe(self._when_chosen("token"), names="value")
+        self.view.observe(self._on_view, names="value")
+        for button, by in zip(self.zoom_buttons, (1, -1, 0), strict=True):
+            button.on_click(lambda _, by=by: self._zoom_by(by))
+
+    def _when_chosen(self, name: str) -> Callable[[Any], None]:
+        def choose(change: Any) -> None:
+            if self._syncing == threading.get_ident() or change["new"] is None:
+                return  # the session told us, not a person
+            if name == "token":
+                self.session.choose_token(change["new"])
+            else:
+                setattr(self.session, name, change["new"])
+
+        return choose
+
+    # What people do. Nothing here holds the lock while it changes the session, which other widgets observe.
+
+    def _on_thumbnail(self, _: Any, message: Any, buffers: Any) -> None:
+        kind, _, value = str(message.get("token", "")).partition(":")
+        if kind == "layer" and value.isdecimal():
+            self.session.layer = int(value)
+        elif kind == "head":
+            self.session.head = int(value) if value.isdecimal() else value
+
+    def _on_text(self, _: Any, message: Any, buffers: Any) -> None:
+        chosen = self.session.token + message.get("by", 0) if message.get("type") == "move" else int(message.get("token", -1))
+        if self.session.trace is not None and 0 <= chosen < self.session.trace.length:
+            self.session.choose_token(chosen)
+
+    def _on_map(self, _: Any, message: Any, buffers: Any) -> None:
+        with self._lock:
+            tile = self.tile
+            if tile is None:
+                return
+            height, width = tile.values.shape
+            i, j = min(max(0, message["row"]), height - 1), min(max(0, message["column"]), width - 1)
+            self._at = tile.strongest(i, j)
+            query = self._at[0]
+        if message["type"] == "click":
+            self.session.choose_token(query)
+        elif message["type"] == "zoom":
+            self._zoom_by(message["by"])
+        self._redraw()
+
+    def _on_view(self, change: Any) -> None:
+        with self._lock:
+            self._zoom = self._at = None
+        self._redraw()
+
+    def _zoom_by(self, by: int) -> None:
+        """Show half as many rows and columns around the last place pointed at (1), twice as many (-1) or all (0)."""
+        with self._lock:
+            if self.tile is None:
+                return
+            whole = whole_ranges(self.tile.layer, self.view.value)
+            old = self.tile.row_range, self.tile.column_range
+            at = self._at or (self.session.token, sum(old[1]) // 2)
+            rows, columns = (zoomed(r, w, a, by) for r, w, a in zip(old, whole, at, strict=True))
+            self._zoom = None if (rows, columns) == whole else (rows, columns)
+        self._redraw()
+
+    # Drawing: every part remembers what it was drawn from and is drawn again only if that changed.
+
+    def _redraw(self, change: Any = None) -> None:
+        with self._lock:
+            trace = self.session.trace
+            if trace is None or not trace.length or self.session.layer not in [x.layer for x in trace.layers]:
+                label = "nothing recorded yet" if trace is None else html.escape(trace.label)
+                self.title.value = TITLE.format("Attention", f"{label}: waiting for the first step")
+                return
+            record = trace.layer(self.session.layer)
+            head: Head = self.session.head
+            if isinstance(head, int) and not 0 <= head < record.heads:
+                head = "max"  # chosen in a layer or model with more heads
+            token, view = min(self.session.token, trace.length - 1), self.view.value
+            self._sync_controls(trace, record, head, token)
+            self._draw("pictures", (*self._progress(trace), record.layer), self._draw_pictures, trace, record)
+            self._draw("thumbnails", (self._drawn["pictures"], head), self._draw_thumbnails, record, head)
+            self._draw("map", (trace, record.layer, head, view, self._zoom), self._draw_map, trace, record, head, view)
+            self._draw("mark", (self._drawn["map"], token), self._draw_mark, token)
+            self._draw(
+                "readout", (trace, record.layer, head, view, token, self._at), self._draw_readout, trace, record, head, token
+            )
+            self._draw("strip", (trace, record.layer, head, token), self._draw_strip, trace, record, head, token)
+            self._draw("text", (trace, record.layer, head, token), self._draw_text, trace, record, head, token)
+
+    def _draw(self, part: str, drawn_from: tuple[Any, ...], draw: Callable[..., None], *arguments: Any) -> None:
+        if self._drawn.get(part) != drawn_from:
+            draw(*arguments)
+            self._drawn[part] = drawn_from
+
+    def _progress(self, trace: Trace) -> tuple[Any, ...]:
+        """What thumbnails are redrawn for: every trace, but of a working run only now and then."""
+        if self.session.run is None or self.session.state in FINAL_STATES:
+            return (trace,)
+        return self.session.run, trace.length.bit_length(), trace.length * 8 >> trace.length.bit_length()
+
+    def _sync_controls(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
+        self._syncing = threading.get_ident()
+        try:
+            layers = tuple((f"{x.layer}: {describe_layer(x)}", x.layer) for x in trace.layers)
+            heads = (("max", "max"), ("mean", "mean"), *((str(h), h) for h in range(record.heads)))
+            for menu, options, value in ((self.layer, layers, record.layer), (self.head, heads, head)):
+                if menu.options != options:
+                    menu.options = options
+                menu.value = value
+            self.token.max = trace.length - 1
+            self.token.value = token
+        finally:
+            self._syncing = None
+
+    def _draw_pictures(self, trace: Trace, record: LayerTrace) -> None:
+        self._pictures = layer_thumbnails(trace)[:MOST_THUMBNAILS], thumbnails(trace, record.layer)[: MOST_THUMBNAILS + 1]
+
+    def _draw_thumbnails(self, record: LayerTrace, head: Head) -> None:
+        layers, heads = self._pictures
+        buttons = [_button("layer", n, f"layer {n}", png, n == record.layer) for n, png in layers]
+        buttons.append("<hr>")
+        buttons += [_button("head", h, f"head {h}" if isinstance(h, int) else f"{h}", png, h == head) for h, png in heads]
+        self.thumbnails.show(html=f"{_THUMBNAIL_CSS}<div class='wb-thumbs'>{''.join(buttons)}</div>")
+
+    def _draw_map(self, trace: Trace, record: LayerTrace, head: Head, view: str) -> None:
+        rows, columns = self._zoom or whole_ranges(record, view)
+        make = composite_tile if view == "composite" else attention_tile
+        tile = self.tile = make(trace, record.layer, head, rows, columns, TILE_PIXELS)
+        height, width = (max(MIN_SIDE_PIXELS, size * s) for size, s in zip(tile.values.shape, tile.scale, strict=True))
+        row_labels, column_labels, upright = axis_labels(trace, tile, height, width)
+        pooled = (
+            ""
+            if tile.pooling == (1, 1)
+            else f"; a cell is the maximum of {tile.pooling[0]} queries x {tile.pooling[1]} columns"
+        )
+        if view == "entries" and not record.entries:
+            pooled += "; no compressed entry here, so the window is shown"
+        what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(head)}{pooled}"
+        self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar()}")
+        self.map.show(
+            png=tile.png,
+            rows=tile.values.shape[0],
+            columns=tile.values.shape[1],
+            width=width,
+            height=height,
+            row_title="query token (position)",
+            column_title=column_title(tile),
+            row_labels=row_labels,
+            column_labels=column_labels,
+            upright=upright,
+            label=f"Attention map of {what}. Arrow keys move the cross-hair, Enter chooses its query, plus and minus zoom.",
+        )
+
+    def _draw_mark(self, token: int) -> None:
+        assert self.tile is not None
+        start, stop = self.tile.row_range
+        self.map.show(mark=(token - start) // self.tile.pooling[0] if start <= token < stop else -1)
+
+    def _draw_readout(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
+        row, column = self._at or (token, -1)
+        row = min(row, trace.length - 1)
+        if self._at is None or column >= record.length + record.entries:
+            self.readout.value = "Point at the map, or move over it with the arrow keys; a click or Enter chooses the query."
+            return
+        if self.view.value == "composite":
+            column = painted_column(record, head, row, min(column, record.length - 1))
+        self.readout.value = readout(describe(trace, record.layer, head, row, column))
+
+    def _draw_strip(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
+        self.figure = query_strip(trace, record.layer, token, head)
+        self.strip.outputs = (as_output(self.figure),)
+
+    def _draw_text(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
+        self.text.show(html=text_view(trace, record.layer, head, token))
+
+
+def whole_ranges(record: LayerTrace, view: str) -> tuple[Range, Range]:
+    """All rows, and the columns of a view; a layer without compressed entries shows its window instead."""
+    length, every = record.length, record.length + record.entries
+    columns = {"both": (0, every), "entries": (length, every), "window": (0, length), "composite": (0, length)}[view]
+    return (0, length), columns if columns[0] < columns[1] else (0, length)
+
+
+def zoomed(old: Range, whole: Range, at: int, by: int) -> Range:
+    """``old`` halved (by=1) or doubled (-1) around ``at``, kept inside ``whole``; all of it for 0."""
+    size = min(whole[1] - whole[0], max(1, (old[1] - old[0] + 1) // 2 if by > 0 else 2 * (old[1] - old[0])))
+    if by == 0 or size == whole[1] - whole[0]:
+        return whole
+    start = min(max(whole[0], at - size // 2), whole[1] - size)
+    return start, start + size
+
+
+def painted_column(record: LayerTrace, head: Head, row: int, token: int) -> int:
+    """The column behind a token of the composite view: the token itself, or an entry made from it that got more."""
+    columns, probs, stands_for = source_probs(record, head, row)
+    best, most = token, 0.0
+    for column, prob, count in zip(columns.tolist(), probs.tolist(), stands_for.tolist(), strict=True):
+        first = last = column
+        if column >= record.length:
+            first = record.entry_tokens(column - record.length)[0]
+            last = record.entry_tokens(column - record.length + count - 1)[1]
+        if first <= token <= last and prob > most:
+            own = record.length + token // record.ratio if count > 1 else column  # recorded pooled: the entry it lies in
+            best, most = own, prob
+    return best
+
+
+def axis_labels(trace: Trace, tile: Tile, height: int, width: int) -> tuple[list[list[Any]], list[list[Any]], bool]:
+    """Labels as [share of the side, text] for rows and columns, and whether the column labels are written downwards.
+
+    Cells large enough are labelled one by one, with their token's text; otherwise a few positions are.
+    """
+    length = tile.layer.length
+
+    def name(column: int, with_text: bool) -> str:
+        if column >= length:
+            return f"entry {column - length}"
+        return f"{column} {style.visible_text(trace.token_texts[column], 10)}" if with_text else str(column)
+
+    sides = []
+    for (start, stop), pool, pixels in ((tile.row_range, tile.pooling[0], height), (tile.column_range, tile.pooling[1], width)):
+        each = pool == 1 and pixels / (stop - start) >= MIN_LABEL_PIXELS
+        places = range(start, stop) if each else ticks(start, stop, length)
+        cells = -(-(stop - start) // pool)
+        sides.append([[((at - start) // pool + 0.5) / cells, name(at, each)] for at in places])
+    upright = len(sides[1]) > 2 * TICKS or any(" " in str(text) and not str(text).startswith("entry") for _, text in sides[1])
+    return sides[0], sides[1], upright
+
+
+def ticks(start: int, stop: int, length: int) -> list[int]:
+    """Round token positions and round entry numbers (columns from ``length`` on), about TICKS of them."""
+    step = 1
+    while (stop - start) / step > TICKS:
+        step = step * 2 if str(step)[0] in "15" else step * 5 // 2  # 1, 2, 5, 10, ...
+    tokens = list(range(-(-start // step) * step, min(stop, length), step))
+    first = max(start - length, 0)
+    entries = [length + e for e in range(-(-first // step) * step, stop - length, step)] if stop > length else []
+    if tokens and entries and entries[0] - tokens[-1] < step / 2:
+        tokens.pop()  # it would touch the first entry's label
+    return tokens + entries
+
+
+def column_title(tile: Tile) -> str:
+    """What the columns are, with their unit."""
+    length, (start, stop) = tile.layer.length, tile.column_range
+    entry = f"compressed entry ({tile.layer.ratio} tokens each)"
+    if tile.composite:
+        return "token position; an entry is painted over its source tokens"
+    if start >= length:
+        return entry
+    return "token position (sliding window)" + (f", then {entry}" if stop > length else "")
+
+
+def readout(told: dict[str, Any]) -> str:
+    """One escaped line about a cell, from ``describe``."""
+
+    def quoted(text: str) -> str:
+        return f"“<bdi>{html.escape(style.visible_text(text, 60))}</bdi>”"
+
+    sources = told["sources"]
+    where = f"token {sources[0]}" if len(sources) == 1 else f"tokens {sources[0]}–{sources[-1]}"
+    column = "window" if told["entry"] is None else f"compressed entry {told['entry']}"
+    line = f"Query {told['query']} {quoted(told['query_text'])} → {column}, {where} {quoted(''.join(told['source_texts']))}: "
+    if not told["visible"]:
+        why = "outside its window" if sources[-1] <= told["query"] and told["entry"] is None else "in its future"
+        return f"{line}<b>not visible</b>, {why}."
+    maximum = f" (maximum of {told['pooled']} entries)" if told["pooled"] > 1 else ""
+    line += f"<b>probability {told['probability']:.3g}</b>{maximum}"
+    if told["selected"] is None:
+        return line + "."
+    fate = "kept" if told["selected"] else "best one not kept" if told["runner_up"] else "not kept"
+    if told["index_score"] is None:
+        return f"{line}; {fate}."
+    return f"{line}; index score {told['index_score']:.4g}, rank {told['rank']} of {told['visible_entries']}, {fate}."
+
+
+def _button(kind: str, value: Any, name: str, png: bytes, pressed: bool) -> str:
+    picture = base64.b64encode(png).decode()
+    return (
+        f"<button data-token='{kind}:{value}' aria-pressed='{str(pressed).lower()}' title='show {name}'>"
+        f"<img alt='' src='data:image/png;base64,{picture}'>{name}</button>"
+    )
+
+
+def _colour_bar() -> str:
+    stops = ", ".join(f"rgb({r} {g} {b})" for r, g, b in style.colour_map(9).tolist())
+    bar = f"<span style='display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,{stops})'></span>"
+    return f"probability 0 {bar} 1 (colour is its square root; blank: not visible)"

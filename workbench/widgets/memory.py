@@ -1,0 +1,47 @@
+"""How the KV cache grows: a chart of bytes by part, and the formula beside what the live cache holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as ipw
+
+from workbench.figures.memory import kv_growth, kv_panel_html
+from workbench.trace import Trace
+from workbench.widgets.render import as_output
+from workbench.widgets.session import Session, session_of
+from workbench.widgets.steps import StepSlider
+
+if TYPE_CHECKING:
+    from workbench.live import LiveRun
+
+
+class KVCacheGrowth(ipw.VBox):
+    """Bytes against tokens with a step slider; follows a run while it works. ``figure`` is the chart last drawn."""
+
+    def __init__(self, source: LiveRun | Trace | Session) -> None:
+        self.session = session_of(source)
+        self.step = StepSlider(self.session)
+        self.scale = ipw.ToggleButtons(
+            options=[("linear", False), ("logarithmic", True)],
+            description="Bytes axis",
+            tooltips=["parts stacked", "parts as lines, dense caches in sight"],
+            style={"button_width": "auto"},
+        )
+        self.view, self.panel = ipw.Output(), ipw.HTML()
+        self._drawn: tuple[Any, ...] = ()
+        super().__init__([ipw.HBox([self.step, self.scale], layout=ipw.Layout(flex_flow="row wrap")), self.view, self.panel])
+        self.scale.observe(self._redraw, names="value")
+        self.session.observe(self._redraw, names=["trace", "step"])
+        self._redraw()
+
+    def _redraw(self, change: Any = None) -> None:
+        with self.session.lock:
+            trace, step = self.session.trace, self.session.step
+            wanted = (trace, step, self.scale.value)
+            if wanted == self._drawn:  # a new trace with a new step reports both
+                return
+            self._drawn = wanted
+            self.figure = kv_growth(trace, step if trace.steps else None, log=self.scale.value)
+            self.view.outputs = (as_output(self.figure),)
+            self.panel.value = kv_panel_html(trace, step) if trace.steps else "<p>No step yet: the cache is empty.</p>"
