@@ -5,9 +5,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -262,6 +264,10 @@ def test_lab_serves_the_notebooks_behind_a_token_and_never_calls_out(tmp_path):
                     assert answer.status == 200
                     return answer.read().decode()
 
+            while server.poll() is None:  # Jupyter prints its address just before it listens there
+                with suppress(ConnectionError), socket.create_connection(("127.0.0.1", int(address[1])), timeout=60):
+                    break
+                time.sleep(0.05)
             get(page)
             settings = json.loads(re.search(r'id="jupyter-config-data"[^>]*>(.*?)</script>', get("/lab"), re.DOTALL)[1])
             assert settings["news"] == {"disabled": True}

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from workbench.config import EngramConfig, ModelConfig
 from workbench.cost import PARTS, dense_kv_bytes, formula, kv_bytes, kv_bytes_per_token, terms
 from workbench.errors import InputError
+from workbench.model.transformer import V4Model
 
 MILLION = 1_048_576
 
@@ -25,7 +27,9 @@ TINY = published(
     ["window", "csa", "hca", "csa"], hidden_size=22, num_attention_heads=4, head_dim=14, qk_rope_head_dim=6, o_groups=2,
     index_head_dim=10, csa_ratio=3, hca_ratio=7, sliding_window=5, hc_mult=2, max_position_embeddings=211,
 )  # fmt: skip
-WITH_ENGRAM = replace(TINY, engram=EngramConfig(layer_ids=(1, 2), vocab_size=101, compressed_vocab_size=97, max_ngram_size=3, conv_kernel_size=2))
+WITH_ENGRAM = replace(
+    TINY, engram=EngramConfig(layer_ids=(1, 2), vocab_size=101, compressed_vocab_size=97, max_ngram_size=3, conv_kernel_size=2)
+)
 
 
 def hold_token_by_token(config, length):
@@ -54,6 +58,22 @@ def hold_token_by_token(config, length):
 def test_formula_counts_what_a_cache_fed_token_by_token_would_keep(length):
     held = kv_bytes(TINY, length, "fp32")
     assert held == hold_token_by_token(TINY, length) | {"total": sum(hold_token_by_token(TINY, length).values())}
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+def test_formula_equals_what_a_live_cache_holds_after_every_call(storage):
+    small = {"vocab_size": 101, "moe_intermediate_size": 8, "n_routed_experts": 7, "q_lora_rank": 10, "o_lora_rank": 6}
+    config = replace(WITH_ENGRAM, **small, num_experts_per_tok=2, index_n_heads=2, index_topk=3)
+    torch.manual_seed(0)
+    model = V4Model(config).eval()
+    cache = model.new_cache(storage=storage)
+    assert cache.nbytes == 0
+    with torch.inference_mode():
+        for tokens in (1, 1, 1, 4, 13, 1, 2, 17, 1):
+            model(torch.randint(101, (1, tokens)), cache, logits="last")
+            expected = kv_bytes(config, cache.length, storage)
+            assert cache.nbytes_by_part() == {part: expected[part] for part in PARTS}
+            assert cache.nbytes == expected["total"]
 
 
 def test_published_totals_come_out_at_a_million_tokens():

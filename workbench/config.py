@@ -121,13 +121,17 @@ class ModelConfig:
             if unknown or not getattr(self, name):
                 raise InputError(f"{name} must list one of {allowed} per layer, got {unknown or 'nothing'}")
         if len(self.layer_kinds) != len(self.mlp_kinds):
-            raise InputError(f"{len(self.layer_kinds)} layer_kinds but {len(self.mlp_kinds)} mlp_kinds; give one each per layer")
+            raise InputError(
+                f"{len(self.layer_kinds)} layer_kinds but {len(self.mlp_kinds)} mlp_kinds; give one each per layer"
+            )
         if self.qk_rope_head_dim % 2 or not 2 <= self.qk_rope_head_dim <= self.head_dim:
             raise InputError(f"qk_rope_head_dim must be even and at most head_dim={self.head_dim}, got {self.qk_rope_head_dim}")
         if "csa" in self.layer_kinds and self.qk_rope_head_dim > self.index_head_dim:
             raise InputError(f"index_head_dim={self.index_head_dim} is below qk_rope_head_dim={self.qk_rope_head_dim}")
         if (self.num_attention_heads * self.head_dim) % self.o_groups:
-            raise InputError(f"o_groups={self.o_groups} must divide heads x head_dim = {self.num_attention_heads * self.head_dim}")
+            raise InputError(
+                f"o_groups={self.o_groups} must divide heads x head_dim = {self.num_attention_heads * self.head_dim}"
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise InputError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds n_routed_experts={self.n_routed_experts}")
         if self.engram and not 0 <= min(self.engram.layer_ids) <= max(self.engram.layer_ids) < self.num_hidden_layers:
@@ -164,7 +168,15 @@ class ModelConfig:
         """The same configuration as ``config.json`` would hold it, readable by ``from_dict`` and by ``transformers``."""
         out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": self.model_type}
         for field in fields(self):
-            if field.name not in ("layer_kinds", "mlp_kinds", "csa_ratio", "hca_ratio", "compress_rope", "engram", "model_type"):
+            if field.name not in (
+                "layer_kinds",
+                "mlp_kinds",
+                "csa_ratio",
+                "hca_ratio",
+                "compress_rope",
+                "engram",
+                "model_type",
+            ):
                 out[field.name] = getattr(self, field.name)
         rope = self.compress_rope
         out |= {

@@ -1,6 +1,6 @@
 """A prompt meets a model: generation in a background thread that can be paused, stepped and stopped, and is recorded.
 
-A step is one prefill chunk or one token; between steps the thread looks at what it was told, so every control answers within one.
+A step is one prefill chunk or one token; between steps the thread looks at what it was told, so controls answer within one.
 """
 
 from __future__ import annotations
@@ -269,8 +269,8 @@ def run(
 ) -> LiveRun:
     """Start generating in the background and return the LiveRun at once.
 
-    ``temperature`` 0 is greedy; ``topk`` keeps another number of CSA entries than the model's; ``prefetch`` says when Engram rows
-    are fetched; ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
+    ``temperature`` 0 is greedy; ``topk`` keeps another number of CSA entries than the model's; ``prefetch`` says when Engram
+    rows are fetched; ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
     """
     return LiveRun(
         model,

@@ -28,7 +28,7 @@ PENDING_STEPS = 64  # decoded tokens whose tensors wait to be turned into arrays
 
 
 class Column:
-    """Rows [n, ...] appended in order; the array doubles when full. Wider rows widen it, narrower ones are padded with ``fill``."""
+    """Rows [n, ...] appended in order; the array doubles when full. Wider rows widen it, narrower are padded with ``fill``."""
 
     def __init__(self, dtype: type, fill: float = 0) -> None:
         self.dtype, self.fill, self.length = dtype, fill, 0
@@ -116,7 +116,8 @@ class LayerRecord:
         self.flush()
         names = ["window_probs", "sink_probs"]
         if self.kind == "csa":
-            names += ["selected", "selected_scores", "selected_probs", "runner_up", "runner_up_scores", "index_queries", "index_weights"]
+            names += ["selected", "selected_scores", "selected_probs", "runner_up", "runner_up_scores"]
+            names += ["index_queries", "index_weights"]
         elif self.kind == "hca":
             names += ["entry_probs"]
         arrays = {name: self.columns[name].rows()[:length] for name in names}
@@ -148,7 +149,7 @@ def _first(values: Tensor, missing: float) -> Tensor:
 
 
 def pooled_rows(probs: Tensor, start: int, ratio: int) -> np.ndarray:
-    """Probabilities over all entries [T, H, S] -> at most 2,048 tokens' worth of columns, max-pooled as LayerTrace describes."""
+    """Probabilities over all entries [T, H, S] -> at most 2,048 tokens' worth of columns, max-pooled as LayerTrace says."""
     columns = max(1, FULL_ROW_TOKENS // ratio)
     t, heads, entries = probs.shape
     out = np.zeros((t, heads, min(columns, entries)), np.float16)
@@ -171,10 +172,10 @@ class Recorder:
         """``spans_only`` times blocks and lookups and leaves attention alone."""
         self.model, self.spans_only = model, spans_only
         config = model.config
-        self.layers = [
-            LayerRecord(i, kind, ratio) for i, (kind, ratio) in enumerate(zip(config.layer_kinds, config.compress_ratios, strict=True))
-        ]
-        self.engram = {layer: (Column(np.int64), Column(np.float16)) for layer in (config.engram.layer_ids if config.engram else ())}
+        kinds = zip(config.layer_kinds, config.compress_ratios, strict=True)
+        self.layers = [LayerRecord(i, kind, ratio) for i, (kind, ratio) in enumerate(kinds)]
+        engram_layers = config.engram.layer_ids if config.engram else ()
+        self.engram = {layer: (Column(np.int64), Column(np.float16)) for layer in engram_layers}
         self.spans: list[Span] = []
         self.cache_bytes = {part: Column(np.int64) for part in PARTS}
         self.cache_reserved = Column(np.int64)
@@ -190,15 +191,15 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._thread = threading.get_ident()
-        for i, block in enumerate(self.model.layers):
+        for i, block in enumerate(self.model.blocks):
             if not self.spans_only:
-                self._hook(block.attn.attention_tap.register_forward_hook, self._on_attention(self.layers[i]))  # type: ignore[union-attr]
+                self._hook(block.attn.attention_tap.register_forward_hook, self._on_attention(self.layers[i]))
             if self.layers[i].kind == "csa" and not self.spans_only:
-                self._hook(block.attn.indexer.index_tap.register_forward_hook, self._on_index(self.layers[i]))  # type: ignore[union-attr]
+                self._hook(block.attn.indexer.index_tap.register_forward_hook, self._on_index(self.layers[i]))
             if i in self.engram:
                 if not self.spans_only:
-                    self._hook(block.engram.gate_tap.register_forward_hook, self._on_gates(i))  # type: ignore[union-attr]
-                self._hook(block.lookup_tap.register_forward_hook, self._on_lookup)  # type: ignore[union-attr]
+                    self._hook(block.engram.gate_tap.register_forward_hook, self._on_gates(i))
+                self._hook(block.lookup_tap.register_forward_hook, self._on_lookup)
             self._hook(block.register_forward_pre_hook, self._on_block_start)
             self._hook(block.register_forward_hook, self._on_block_end(i))
         return self

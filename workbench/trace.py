@@ -253,7 +253,9 @@ class Trace:
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{folder} is damaged or foreign ({type(error).__name__}: {error}); save the trace again") from None
+            raise InputError(
+                f"{folder} is damaged or foreign ({type(error).__name__}: {error}); save the trace again"
+            ) from None
 
 
 _PLAIN = ("model", "what", "device", "config", "prompt_length", "storage", "notes")
@@ -263,7 +265,8 @@ _ARRAYS = ("token_ids", "step_starts", "cache_reserved", "top_ids", "top_probs",
 def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays = {name: getattr(trace, name) for name in _ARRAYS}
     arrays |= {f"cache.{part}": held for part, held in trace.cache_bytes.items()}
-    for group, records in (("layer", trace.layers), ("engram", trace.engram)):
+    groups: tuple[tuple[str, tuple[LayerTrace | EngramTrace, ...]], ...] = (("layer", trace.layers), ("engram", trace.engram))
+    for group, records in groups:
         for i, record in enumerate(records):
             values = {f.name: getattr(record, f.name) for f in fields(record)}
             arrays |= {f"{group}.{i}.{name}": v for name, v in values.items() if isinstance(v, np.ndarray)}
@@ -305,12 +308,12 @@ def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
         Span(lane, name, step, float(start), float(end), "recorded", tuple(after))
         for (lane, name, step, after), (start, end) in zip(manifest["spans"], times, strict=True)
     )
+    plain: dict[str, Any] = {name: manifest[name] for name in _PLAIN} | {name: arrays[name] for name in _ARRAYS}
     trace = Trace(
-        **{name: manifest[name] for name in _PLAIN},
-        **{name: arrays[name] for name in _ARRAYS},
+        **plain,
         token_texts=tuple(manifest["token_texts"]),
-        layers=tuple(record(LayerTrace, "layer", i, plain) for i, plain in enumerate(manifest["layers"])),
-        engram=tuple(record(EngramTrace, "engram", i, plain) for i, plain in enumerate(manifest["engram"])),
+        layers=tuple(record(LayerTrace, "layer", i, of) for i, of in enumerate(manifest["layers"])),
+        engram=tuple(record(EngramTrace, "engram", i, of) for i, of in enumerate(manifest["engram"])),
         timeline=Timeline("recorded", spans, **manifest["timeline"]),
         cache_bytes={name[6:]: a for name, a in arrays.items() if name.startswith("cache.")},
         origin="recorded",
@@ -323,8 +326,11 @@ def _check(trace: Trace) -> None:
     """The shapes that figures rely on, so that a foreign file fails here and not inside a picture."""
     length = trace.length
     if not 0 <= trace.prompt_length <= length or len(trace.token_texts) < length:
-        raise InputError(f"a trace of {length} tokens has {len(trace.token_texts)} texts and prompt_length {trace.prompt_length}")
-    for record in (*trace.layers, *trace.engram):
+        raise InputError(
+            f"a trace of {length} tokens has {len(trace.token_texts)} texts and prompt_length {trace.prompt_length}"
+        )
+    records: tuple[LayerTrace | EngramTrace, ...] = (*trace.layers, *trace.engram)
+    for record in records:
         for name, value in asdict(record).items():
             if isinstance(value, np.ndarray) and name != "index_keys" and value.shape[0] != length:
                 raise InputError(f"layer {record.layer}: {name} has {value.shape[0]} rows for {length} tokens")

@@ -37,7 +37,7 @@ def test_a_run_that_has_done_nothing_yet_is_shown_as_empty_and_then_followed():
     )  # fmt: skip
     run = FakeRun(empty)
     widget = KVCacheGrowth(run)
-    assert "empty" in widget.panel.value and widget.step.disabled
+    assert "No step" in widget.panel.value and widget.step.disabled
     run.becomes(trace=TRACE, state="done")
     eventually(lambda: "L = 47 tokens" in widget.panel.value, "the chart follows the run")
     assert not widget.step.disabled

@@ -435,7 +435,7 @@ def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.
     text = style.chart_text(style.visible_text(trace.token_texts[token]))
     heading = f"{style.chart_text(trace.label)}<br>layer {layer} ({describe_layer(record)}), "
     style.styled(fig, heading + f"{describe_head(head)}: query token {token} “{text}”", 400 if indexed else 260)
-    fig.update_layout(bargap=0, barmode="overlay")
+    fig.update_layout(bargap=0, barmode="overlay", margin_t=88)  # room for two lines of legend
     fig.update_xaxes(title_text="token position", row=2 if indexed else 1, col=1)
     return fig
 

@@ -37,6 +37,7 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
             mode="lines+markers" if len(tokens) < 3 else "lines",  # a single step is a point, not an area
             line={"color": PART_COLOURS.get(part), "width": 2 if log else 0.5},
             stackgroup=None if log else "held",
+            fillcolor=None if log else PART_COLOURS.get(part),
             hovertemplate="%{y:,} B",
         )
     if trace.cache_reserved.any():
@@ -51,11 +52,19 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
         fig.add_vline(
             **where, annotation={"text": f"step {step}: {end:,} tokens", "font": {"color": GREY}, "yanchor": "bottom"}
         )
-    styled(fig, f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}", height=480)
+    title = f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}"
+    if config is not None:
+        title += "<br>MHA and GQA-8 of the same width: as many layers, query heads and dimensions a head"
+    styled(fig, title, height=540)
     fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
     fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
-    below = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
-    return fig.update_layout(hovermode="x unified", legend=below, hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}})
+    below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
+    return fig.update_layout(
+        hovermode="x unified",
+        legend=below,
+        margin={"t": 100, "b": 150},
+        hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}},
+    )
 
 
 def kv_panel_html(trace: Trace, step: int) -> str:
@@ -78,19 +87,21 @@ def kv_panel_html(trace: Trace, step: int) -> str:
         rows.append(_row(part, symbols, numbers, expected.get(part), live))
     rows.append(_row("total", "", "", expected.get("total"), _held(trace, step)))
     reserved = int(trace.cache_reserved[step]) if len(trace.cache_reserved) > step else 0
-    unit = cost.units(config, trace.storage) if config else "There is no formula for this kind of model here."
-    head = "".join(f"<th scope='col'>{name}</th>" for name in ("part", "formula", "numbers", "formula, B", "live cache, B", ""))
+    unit = cost.units(config, trace.storage) if config else "There is no formula for this kind of model."
+    head = "".join(
+        f"<th scope='col'>{name}</th>" for name in ("part", "live cache, B", "formula, B", "check", "formula", "numbers")
+    )
     return (
-        f"{_CSS}<table class='wb-kv'><caption>After step {step}: L = {length:,} tokens, {escape(trace.label)}. "
-        f"{escape(unit)}.</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        f"<p>Room reserved beyond these bytes and not yet filled: {reserved:,} B.</p>"
+        f"{_CSS}<div class='wb-kv'><p>After step {step}: L = {length:,} tokens, {escape(trace.label)}.<br>{escape(unit)}</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<p>Room reserved beyond these bytes and not yet filled: {reserved:,} B</p></div>"
     )
 
 
 _CSS = (
-    "<style>.wb-kv{border-collapse:collapse;font-variant-numeric:tabular-nums}.wb-kv caption{text-align:left}"
-    ".wb-kv th,.wb-kv td{padding:2px 10px;text-align:left;vertical-align:top;border-bottom:1px solid #8886}"
-    ".wb-kv td.n{text-align:right}.wb-kv td.bad{background:#d55e00;color:#000;font-weight:bold}</style>"
+    "<style>.wb-kv{overflow-x:auto;line-height:1.4}.wb-kv table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    ".wb-kv th,.wb-kv td{padding:2px 10px;text-align:left;vertical-align:top;white-space:nowrap;border-bottom:1px solid #8886}"
+    ".wb-kv .n{text-align:right}.wb-kv .bad{background:#d55e00;color:#000;font-weight:bold}</style>"
 )
 
 
@@ -101,8 +112,8 @@ def _row(part: str, symbols: str, numbers: str, expected: int | None, live: int)
         mark, style, shown = "= equal", "good", f"{expected:,}"
     else:
         mark, style, shown = f"≠ NOT EQUAL by {live - expected:+,}", "bad", f"{expected:,}"
-    cells = f"<td>{symbols}</td><td>{numbers}</td><td class='n'>{shown}</td><td class='n'>{live:,}</td><td class='{style}'>{mark}</td>"
-    return f"<tr><th scope='row'>{escape(part)}</th>{cells}</tr>"
+    counts = f"<td class='n'>{live:,}</td><td class='n'>{shown}</td><td class='{style}'>{mark}</td>"
+    return f"<tr><th scope='row'>{escape(part)}</th>{counts}<td>{symbols}</td><td>{numbers}</td></tr>"
 
 
 def _add_modelled(fig: go.Figure, config: ModelConfig, storage: str, tokens: list[int]) -> None:
@@ -110,10 +121,10 @@ def _add_modelled(fig: go.Figure, config: ModelConfig, storage: str, tokens: lis
     totals = [cost.kv_bytes(config, n, storage)["total"] for n in marks]
     _add_line(fig, marks, totals, "this model, modelled (formula)", GREY, "dot")
     heads = config.num_attention_heads
-    bases = {"GQA-8": GQA_HEADS, "MHA": heads} if heads > GQA_HEADS else {f"MHA = GQA-8 (min(8, {heads}) KV heads)": heads}
+    bases = {"GQA-8": GQA_HEADS, "MHA": heads} if heads > GQA_HEADS else {f"MHA = GQA-8, min(8, {heads}) KV heads": heads}
     for (name, kv_heads), dash in zip(bases.items(), ("longdash", "solid"), strict=False):
         dense = [cost.dense_kv_bytes(config, n, kv_heads, storage) for n in marks]
-        _add_line(fig, marks, dense, f"{name}, same width, modelled (formula)", VERMILLION, dash)
+        _add_line(fig, marks, dense, f"{name}, modelled (formula)", VERMILLION, dash)
 
 
 def _add_line(fig: go.Figure, x: list[int], y: list[int], name: str, colour: str, dash: str) -> None:

@@ -49,7 +49,16 @@ def chart_text(text: str) -> str:
 def styled(fig: go.Figure, title: str, height: int) -> go.Figure:
     """The same quiet frame for every chart; ``title`` may hold ``<br>``, ``height`` is in pixels."""
     fig.update_layout(
-        title={"text": title, "font": {"size": 13}, "x": 0, "xanchor": "left", "xref": "paper", "yref": "container", "y": 0.98},
+        title={
+            "text": title,
+            "font": {"size": 13},
+            "x": 0,
+            "xanchor": "left",
+            "xref": "paper",
+            "yref": "container",
+            "y": 0.98,
+            "yanchor": "top",
+        },
         height=height,
         autosize=True,
         template="none",

@@ -25,7 +25,7 @@ MAX_TOKEN_CHARACTERS = 80
 _CSS = """
 .wb-text {font-family: var(--jp-code-font-family, monospace); font-size: 13px; line-height: 1.75; overflow-wrap: anywhere;
   color: var(--jp-content-font-color1, inherit); direction: ltr; text-align: left}
-.wb-text p {margin: 0 0 6px; font-family: var(--jp-ui-font-family, sans-serif); font-size: 12px}
+.wb-text p {margin: 0; padding: 0 0 6px; position: sticky; top: 0; background: var(--jp-layout-color0, Canvas); font-family: var(--jp-ui-font-family, sans-serif); font-size: 12px}
 .wb-text bdi {white-space: pre-wrap; padding: 1px 0; border-radius: 2px; cursor: pointer}
 .wb-text bdi:hover {outline: 1px solid var(--jp-border-color1, grey)}
 .wb-text .w {background: color-mix(in srgb, WINDOW calc(var(--a) * 1%), transparent)}

@@ -21,7 +21,7 @@ TITLE_WIDTH = 110  # characters that fit a notebook's column
 def overlap_timeline(timeline: Timeline, step: int) -> go.Figure:
     """One step: compute, lookup, transfer and stall against milliseconds since the step began.
 
-    Bars are named by hovering, arrows run from what a span had to wait for to its start, and the title says how much of
+    Bars are named by hovering, arrows run to a span from what it had to wait for, and the title says how much of
     the lookup compute hid. Measured and modelled spans never share a lane. A step without spans gives a chart that says so.
     """
     shown = timeline.of_step(step)
@@ -61,9 +61,12 @@ def overlap_numbers(timeline: Timeline) -> str:
 def _framed(fig: go.Figure, title: str, note: str, lanes: int) -> go.Figure:
     """The common frame, as high as its lanes; the note is wrapped, for a chart's title never is."""
     lines = [*wrap(title, TITLE_WIDTH), *wrap(note, TITLE_WIDTH)]
-    above, below = 32 + LINE_HEIGHT * len(lines), 48
+    above, below = 44 + LINE_HEIGHT * len(lines), 48
     styled(fig, "<br>".join(map(chart_text, lines)), height=above + LANE_HEIGHT * lanes + below)
-    return fig.update_layout(margin={"t": above, "b": below}, hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}})
+    at_top = {"y": 1.0, "yanchor": "top", "pad": {"t": 20}}
+    return fig.update_layout(
+        title=at_top, margin={"t": above, "b": below}, hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}}
+    )
 
 
 def _draw(fig: go.Figure, timeline: Timeline, row: int) -> int:
@@ -88,7 +91,12 @@ def _draw(fig: go.Figure, timeline: Timeline, row: int) -> int:
             marker={
                 "color": colour,
                 "line": {"color": colour, "width": 1},  # keeps the shortest spans visible
-                "pattern": {"shape": "/" if name == "stall" else "", "fgcolor": "#ffffff"},
+                "pattern": {
+                    "shape": "/" if name == "stall" else "",
+                    "fillmode": "overlay",
+                    "fgcolor": "#ffffff",
+                    "solidity": 0.3,
+                },
             },
             row=row,
             col=1,
@@ -105,7 +113,7 @@ def _draw(fig: go.Figure, timeline: Timeline, row: int) -> int:
 
 
 def _add_arrows(fig: go.Figure, timeline: Timeline, began: float, row: int) -> None:
-    """A thin arrow from the end of each span to the start of those that waited for it."""
+    """A thin arrow from the end of each span to those that had to wait for it."""
     x: list[float | None] = []
     y: list[str | None] = []
     for span in timeline.spans:
@@ -113,7 +121,8 @@ def _add_arrows(fig: go.Figure, timeline: Timeline, began: float, row: int) -> N
             earlier = [s for s in timeline.spans if s.name == name and s.start_s <= span.start_s]
             cause = max(earlier, key=lambda s: s.start_s, default=None)  # none: it belongs to another step
             if cause is not None and _lane(cause, timeline) != _lane(span, timeline):  # within a lane the order is plain
-                x += [1e3 * (cause.end_s - began), 1e3 * (span.start_s - began), None]
+                until = min(max(span.start_s, cause.end_s), span.end_s)  # a stall ends, rather than starts, with its cause
+                x += [1e3 * (cause.end_s - began), 1e3 * (until - began), None]
                 y += [_lane(cause, timeline), _lane(span, timeline), None]
     fig.add_scatter(
         name="waits for", x=x, y=y, mode="lines+markers", hoverinfo="skip", line={"color": GREY, "width": 1},

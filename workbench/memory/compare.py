@@ -14,7 +14,6 @@ import torch
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.memory.prefetch import RowFetcher
-from workbench.model.engram import HostTable
 from workbench.model.transformer import V4Model
 from workbench.recorder import Recorder
 from workbench.runtime import cores, device_name, threads_for_run, use_threads
@@ -79,10 +78,11 @@ def compare_prefill(
     use_threads(threads_for_run())
     table = TimingTable(table_bytes, tokens)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    own_table = sum(model.layers[i].engram.table.weight.nbytes for i in engram.layer_ids)  # type: ignore[union-attr]
+    own_table = sum(model.blocks[i].engram.table.weight.nbytes for i in engram.layer_ids)
+    size = f"{table_bytes / 2**20:.0f} MiB"
     note = (
-        f"one prefill of {tokens:,} tokens; each lookup also reads {TIMING_ROWS} rows a token of a "
-        f"{table_bytes / 2**20:.0f} MiB random table made for timing (the model's own table holds {own_table / 2**20:.1f} MiB); median of {ROUNDS} rounds"
+        f"one prefill of {tokens:,} tokens; each lookup also reads {TIMING_ROWS} rows a token of a {size} "
+        f"random table made for timing (the model's own holds {own_table / 2**20:.1f} MiB); median of {ROUNDS} rounds"
     )
     twin = copy.copy(model)  # the same layers with another fetcher, so a live run of this model goes on undisturbed
     twin.fetcher = TimingFetcher(table)
@@ -110,7 +110,9 @@ def _measure(model: V4Model, ids: torch.Tensor, policy: str, note: str) -> Timel
         model(ids, cache, logits="last", prefetch=policy)
     recorder.finish_step(ids.shape[1], cache)
     kind = "both on this CPU's cores" if model.device.type == "cpu" else "compute on the accelerator"
-    return Timeline("measured", recorder.timeline_since(start), device_name(str(model.device)), f"{policy}: {note}; {kind}, {cores()} cores")
+    return Timeline(
+        "measured", recorder.timeline_since(start), device_name(str(model.device)), f"{policy}: {note}; {kind}, {cores()} cores"
+    )
 
 
 def _duration(timeline: Timeline) -> float:

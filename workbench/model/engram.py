@@ -1,6 +1,6 @@
 """Engram, conditional memory: n-grams of token ids are hashed to rows of a large table on the host, gated into the streams.
 
-The paper's form (tokenizer compression, 2- and 3-grams, several hash heads, one gate per stream, short convolution). DeepSeek-V4
+The paper's form: tokenizer compression, 2- and 3-grams, several hash heads, one gate per stream, short convolution. DeepSeek-V4
 as released has none. Letters: B batch, T tokens, N largest n-gram, R rows per token, M streams, C model dim.
 (reference/engram-and-overlap.md, section 1; arXiv 2601.07372)
 """
@@ -40,7 +40,7 @@ def is_prime(n: int) -> bool:
 
 
 def table_primes(engram: EngramConfig) -> list[list[int]]:
-    """Rows of every (order, head) table, per Engram layer: distinct primes from ``vocab_size`` up, order by order, head by head."""
+    """Rows of every (order, head) table, per Engram layer: distinct primes from ``vocab_size`` up, order by order."""
     used: set[int] = set()
     layers = []
     for _ in engram.layer_ids:

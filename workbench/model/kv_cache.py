@@ -183,7 +183,9 @@ class KVCache:
     def check_whole(self) -> None:
         """Raises WorkbenchError if an interrupted call left some layers ahead of others."""
         if any(layer.window.length != self.length for layer in self.layers):
-            raise WorkbenchError("this cache was left half-filled by an interrupted call; make a new one with model.new_cache()")
+            raise WorkbenchError(
+                "this cache was left half-filled by an interrupted call; make a new one with model.new_cache()"
+            )
 
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes holding data, by part, for all sequences of the batch together."""

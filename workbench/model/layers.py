@@ -61,6 +61,8 @@ def rotary_frequencies(channels: int, theta: float, rope: RopeConfig | None = No
 class Rotary(nn.Module):
     """Turns positions into unit complex numbers for ``rotate``; window-only layers use another base and no YaRN."""
 
+    frequencies: Tensor
+
     def __init__(self, config: ModelConfig, compressed: bool) -> None:
         super().__init__()
         rope = config.compress_rope if compressed else None

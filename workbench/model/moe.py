@@ -26,6 +26,9 @@ class Gate(nn.Module):
     always come from the scores without the bias: w_e = s_e / sum(s) * routed_scaling_factor.
     """
 
+    tid2eid: Tensor
+    bias: Tensor
+
     def __init__(self, config: ModelConfig, hashed: bool) -> None:
         super().__init__()
         experts, k = config.n_routed_experts, config.num_experts_per_tok

@@ -1,11 +1,12 @@
 """DeepSeek-V4's text backbone: embedding copied to M streams, blocks of attention and MoE under mHC, one merged head.
 
-Parameter names are the released ones; experts are stacked. Letters: B batch, T new tokens, M streams, C model dim, V vocabulary.
+Parameter names are the released ones; experts are stacked. Letters: B batch, T new tokens, M streams, C model dim, V words.
 (reference/deepseek-v4.md, section 1)
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -64,6 +65,8 @@ class Block(nn.Module):
 class V4Model(nn.Module):
     """DeepSeek-V4 at any size, optionally with Engram layers. ``tokenizer`` is None unless a checkpoint brought one."""
 
+    engram_canonical_ids: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -80,6 +83,11 @@ class V4Model(nn.Module):
             canonical = torch.arange(config.vocab_size).clamp(max=config.engram.compressed_vocab_size - 1)
             self.register_buffer("engram_canonical_ids", canonical)
         self.fetcher = RowFetcher()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return list(self.layers)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +120,7 @@ class V4Model(nn.Module):
         at = Positions(start, self.window_rotary(positions), self.compressed_rotary(positions), topk)
         x = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         memory = cache.engram if cache is not None else None
-        for layer, block in enumerate(self.layers):
+        for layer, block in enumerate(self.blocks):
             x = block(x, ids, at, cache.layers[layer] if cache is not None else None, fetches.get(layer), memory)
         if cache is not None:
             cache.length += ids.shape[1]
@@ -136,10 +144,9 @@ class V4Model(nn.Module):
             memory.ids = joined[:, max(0, joined.shape[1] - memory.lookback) :].clone()
         fetches = {}
         for layer in engram.layer_ids:
-            module: Engram = self.layers[layer].engram  # type: ignore[assignment]
-            fetches[layer] = self.fetcher.start(
-                layer, lambda h=module.hash: h(canonical, lookback, pad), module.table.gather, policy  # type: ignore[misc]
-            )
+            module = self.blocks[layer].engram
+            hash_rows = partial(module.hash, canonical, lookback, pad)
+            fetches[layer] = self.fetcher.start(layer, hash_rows, module.table.gather, policy)
         return fetches
 
     def _check(self, ids: Tensor, cache: KVCache | None, start: int, logits: str, topk: int | None, prefetch: str) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from workbench.model.engram import HostTable
 from workbench.model.hyper_connections import HyperConnection, HyperHead
+from workbench.model.transformer import V4Model
 from workbench.training.recipes import Recipe
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_VECTORS = ("ape", "conv", "q_weight", "k_weight", "conv_norm")  # two-dimensional, but no matrices that map anything
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -50,16 +52,15 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
-def optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimisers(model: V4Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Matrices of attention, experts and projections to Muon; embeddings, head, norms, mHC, gates and biases to AdamW."""
     matrices, tables, rest = [], [], []
     for module in model.modules():
+        adam_only = isinstance(module, (nn.Embedding, HyperConnection, HyperHead)) or module is model.head
         for name, p in module.named_parameters(recurse=False):
             if isinstance(module, HostTable):
                 tables.append(p)
-            elif isinstance(module, (nn.Embedding, HyperConnection, HyperHead)) or p.dim() < 2 or name in ("ape", "conv"):
-                rest.append(p)
-            elif getattr(model, "head", None) is module or name in ("q_weight", "k_weight", "conv_norm"):
+            elif adam_only or p.dim() < 2 or name in _VECTORS:
                 rest.append(p)
             else:
                 matrices.append(p)

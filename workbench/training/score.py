@@ -43,16 +43,14 @@ def recall(model: V4Model, batches: Sequence[tasks.RecallBatch], topk: int | Non
 
 def selected_entries(model: V4Model, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
     """Entries each CSA layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
-    kept: dict[int, list[np.ndarray]] = {}
-    hooks = []
-    for layer, kind in enumerate(model.config.layer_kinds):
-        if kind == "csa":
+    kept: dict[int, list[np.ndarray]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
 
-            def note(_module: Any, _inputs: Any, record: Attention, to: list[np.ndarray] = kept.setdefault(layer, [])) -> None:
-                if record.selection is not None:
-                    to.append(record.selection.entries.cpu().numpy())
+    def note(layer: int, record: Attention) -> None:
+        if record.selection is not None:
+            kept[layer].append(record.selection.entries.cpu().numpy())
 
-            hooks.append(model.layers[layer].attn.attention_tap.register_forward_hook(note))  # type: ignore[union-attr]
+    taps = {layer: model.blocks[layer].attn.attention_tap for layer in kept}
+    hooks = [tap.register_forward_hook(lambda _m, _i, record, at=layer: note(at, record)) for layer, tap in taps.items()]
     try:
         with torch.inference_mode():
             model(ids.to(model.device), topk=topk)
@@ -114,6 +112,7 @@ def answer(model: V4Model, ids: np.ndarray, topk: int | None = None) -> int:
 
 def haystack_recall(model: V4Model, heldout: np.ndarray, length: int, trials: int, topk: int | None = None) -> float:
     """Share of single needles found in ``length`` tokens of held-out text, at depths from start to end."""
+    assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)
     right = 0
     for trial in range(trials):
@@ -125,8 +124,9 @@ def haystack_recall(model: V4Model, heldout: np.ndarray, length: int, trials: in
 
 def score_model(model: V4Model, heldout: np.ndarray, *, quick: bool = False) -> dict[str, Any]:
     """Every figure the model is judged by. ``heldout`` are token ids of text the model never saw."""
+    assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)
-    stream = tasks.RecallStream(model.tokenizer, heldout)
+    stream = tasks.RecallStream(model.tokenizer, heldout, reread=False)
     near = [stream.batch(rng, 8, 256) for _ in range(3 if quick else 12)]
     long = [stream.batch(rng, 1, 4096) for _ in range(1 if quick else 4)]
     k = model.config.index_topk

@@ -17,17 +17,20 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from workbench.errors import InputError, WorkbenchError
 
-KEYS = tuple(
-    "apple river piano garden window bottle candle forest mirror pencil rabbit silver tunnel violin wallet zebra anchor basket "
-    "camera desert engine feather guitar hammer island jacket kitchen ladder magnet needle ocean parrot quilt rocket saddle "
-    "teapot umbrella valley wagon yacht acorn bridge castle dragon eagle falcon glacier harbor igloo jungle kettle lantern "
-    "meadow napkin orange pepper queen ribbon spider tiger uncle velvet walnut barrel button carpet dolphin elbow flower goose "
-    "helmet insect jewel kitten lemon monkey nest onion pillow quartz raven salmon tomato turtle vessel whale almond beaver cactus "
-    "donkey ember fabric ginger hornet ivory jasmine koala lizard marble nectar olive puzzle quiver radish spoon thunder trumpet vase "
-    "willow yogurt bamboo copper drum emerald fossil grape honey iron jelly kite lotus melon noodle oyster peach rose".split()
-)
+_WORDS = """
+apple river piano garden window bottle candle forest mirror pencil rabbit silver tunnel violin wallet zebra anchor
+basket camera desert engine feather guitar hammer island jacket kitchen ladder magnet needle ocean parrot quilt rocket
+saddle teapot umbrella valley wagon yacht acorn bridge castle dragon eagle falcon glacier harbor igloo jungle kettle
+lantern meadow napkin orange pepper queen ribbon spider tiger uncle velvet walnut barrel button carpet dolphin elbow
+flower goose helmet insect jewel kitten lemon monkey nest onion pillow quartz raven salmon tomato turtle vessel whale
+almond beaver cactus donkey ember fabric ginger hornet ivory jasmine koala lizard marble nectar olive puzzle quiver
+radish spoon thunder trumpet vase willow yogurt bamboo copper drum emerald fossil grape honey iron jelly kite lotus
+melon noodle oyster peach rose
+"""
+KEYS = tuple(_WORDS.split())
 VALUES = tuple(str(n) for n in range(10, 100))
 SLOT = 8  # tokens of text in a filler slot
+FAR, FAR_SHARE = 24, 0.75  # tokens beyond the tiny models' window; share of questions that reach beyond it where any can
 HELD_OUT = 12  # every twelfth topic and module is never trained on
 MAX_MODULE_BYTES = 150_000
 BOS = "<|bos|>"
@@ -87,7 +90,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1536) -> Tokenizer:
     pieces = [" The", " code", " of", " is", ".", *(f" {k}" for k in KEYS), *(f" {v}" for v in VALUES)]
     broken = [piece for piece in pieces if len(tokenizer.encode(piece).ids) != 1]
     if broken:
-        raise WorkbenchError(f"vocab_size {vocab_size} leaves {len(broken)} needle words in pieces, such as {broken[:3]}; enlarge it")
+        raise WorkbenchError(
+            f"vocab_size {vocab_size} leaves {len(broken)} needle words in pieces, such as {broken[:3]}; enlarge it"
+        )
     return tokenizer
 
 
@@ -115,7 +120,7 @@ def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
     for token in range(tokenizer.get_vocab_size()):
         text = tokenizer.decode([token], skip_special_tokens=False)
         raw = tokenizer.id_to_token(token)
-        key = raw if "\ufffd" in text else (normalise.normalize_str(text) or text)
+        key = str(raw) if "\ufffd" in text else (normalise.normalize_str(text) or text)
         out.append(numbers.setdefault(key, len(numbers)))
     return np.asarray(out, np.int64)
 
@@ -123,7 +128,7 @@ def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
 @dataclass(frozen=True, slots=True)
 class RecallBatch:
     """ids [B, T] int64. Position t is about predicting ids[t + 1]: ``text_mask`` where both are untouched text, ``read_mask``
-    where a value must be recalled, whose written twin stands at ``needle_position`` (-1 elsewhere)."""
+    where a value must be recalled, which stood last at ``needle_position`` (-1 elsewhere)."""
 
     ids: np.ndarray
     text_mask: np.ndarray
@@ -140,13 +145,14 @@ class RecallStream:
         text_ids: np.ndarray,
         *,
         write_prob: float = 0.25,
-        read_prob: float = 0.4,
-        key_count: int | None = None,
+        read_prob: float = 0.5,
+        reread: bool = True,
     ) -> None:
+        """``reread=False`` asks for each key once, so that a question has one needle only: for scoring."""
         one = lambda text: tokenizer.encode(text).ids  # noqa: E731
         self.text = np.asarray(text_ids, np.int64)
-        self.write_prob, self.read_prob = write_prob, read_prob
-        self.keys = np.array([one(f" {k}")[0] for k in KEYS[:key_count]])
+        self.write_prob, self.read_prob, self.reread = write_prob, read_prob, reread
+        self.keys = np.array([one(f" {k}")[0] for k in KEYS])
         self.values = np.array([one(f" {v}")[0] for v in VALUES])
         self.sentence = np.array(one(needle(KEYS[0], VALUES[0])))  # key third from the value, value before the full stop
         self.key_at, self.value_at = 3, 5
@@ -166,17 +172,20 @@ class RecallStream:
         total = slots * max(SLOT, len(self.sentence))
         ids, text = np.zeros(total, np.int64), np.zeros(total, bool)
         read, twin = np.zeros(total, bool), np.full(total, -1, np.int64)
-        written: list[tuple[int, int, int]] = []  # key, value, position of the value
-        at = 0
+        written: list[list[int]] = []  # key, value, where the value stood last
+        at = asked = 0
         for slot in range(slots):
             if at >= length:
                 break
             record = None
-            if kinds[slot] < self.write_prob and len(written) < len(keys):
-                record = (int(self.keys[keys[len(written)]]), int(values[slot]), -1)
+            is_read = False
+            if kinds[slot] < self.write_prob and len(written) + asked < len(keys):
+                record = [int(self.keys[keys[len(written) + asked]]), int(values[slot]), -1]
+                written.append(record)
             elif self.write_prob <= kinds[slot] < self.write_prob + self.read_prob and written:
-                recent = min(3, len(written)) if picks[slot, 0] < 0.5 else len(written)
-                record = written[len(written) - 1 - int(picks[slot, 1] * recent)]
+                far = [r for r in written if at - r[2] > FAR]
+                pool = far if far and picks[slot, 0] < FAR_SHARE else written
+                record, is_read = pool[int(picks[slot, 1] * len(pool))], True
             if record is None:
                 ids[at : at + SLOT] = self.text[text_at : text_at + SLOT]
                 text[at : at + SLOT] = True
@@ -185,11 +194,13 @@ class RecallStream:
             end = at + len(self.sentence)
             ids[at:end] = self.sentence
             ids[at + self.key_at], ids[at + self.value_at] = record[:2]
-            if record[2] < 0:
-                written.append((record[0], record[1], at + self.value_at))
-            else:
+            if is_read:
                 read[at + self.value_at - 1] = True
                 twin[at + self.value_at - 1] = record[2]
+                if not self.reread:
+                    written.remove(record)
+                    asked += 1
+            record[2] = at + self.value_at
             at = end
         ids, text, read, twin = ids[:length], text[:length], read[:length], twin[:length]
         text_pairs = np.append(text[:-1] & text[1:], False)

@@ -1,4 +1,4 @@
-"""Training the checkpoints that ship: ``workbench train --recipe NAME``; weights, recipe, scores and curve are written together.
+"""Training the checkpoints that ship: ``workbench train --recipe NAME`` writes weights, recipe, scores and curve together.
 
 Loss = next-token loss on text + next-token loss on the values asked for + the indexer's KL loss. The indexer learns from its
 KL loss alone and the model never from it. (reference/deepseek-v4.md, section 9; reference/tiny-model.md)
@@ -7,6 +7,7 @@ KL loss alone and the model never from it. (reference/deepseek-v4.md, section 9;
 from __future__ import annotations
 
 import json
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ def build(recipe: Recipe, data: Data) -> V4Model:
     model = V4Model(recipe.config(int(data.canonical.max()) + 1))
     with torch.no_grad():
         torch.nn.init.normal_(model.embed.weight, std=0.5)
+        model.head.weight.copy_(0.2 * model.embed.weight)  # untied, but copying a token it has seen works from the start
     if model.config.engram:
         model.engram_canonical_ids.copy_(torch.from_numpy(data.canonical))
     model.tokenizer = data.tokenizer
@@ -69,7 +71,7 @@ def listen(model: V4Model) -> Iterator[dict[int, list[Attention]]]:
     seen: dict[int, list[Attention]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
     hooks = []
     for layer, records in seen.items():
-        tap = model.layers[layer].attn.attention_tap  # type: ignore[union-attr]
+        tap = model.blocks[layer].attn.attention_tap
         hooks.append(tap.register_forward_hook(lambda _module, _inputs, record, to=records: to.append(record)))
     try:
         yield seen
@@ -126,7 +128,7 @@ def learning_rate(recipe: Recipe, step: int, total: int) -> float:
 def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> None:
     """b_e += step * sign(mean load - load_e): aux-loss-free balancing of the score-routed layers."""
     for layer, load in loads.items():
-        gate = model.layers[layer].ffn.gate  # type: ignore[union-attr]
+        gate = model.blocks[layer].ffn.gate
         if not gate.hashed:
             gate.bias += step * torch.sign(load.mean() - load)
 
@@ -143,7 +145,7 @@ def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
         return hook
 
     experts = model.config.n_routed_experts
-    hooks = [b.ffn.routing_tap.register_forward_hook(note(i, experts)) for i, b in enumerate(model.layers)]  # type: ignore[union-attr]
+    hooks = [b.ffn.routing_tap.register_forward_hook(note(i, experts)) for i, b in enumerate(model.blocks)]
     try:
         yield loads
     finally:
@@ -205,20 +207,23 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
         step += 1
         say(f"step {step}/{total} text {losses['text']:.2f} reads {losses['reads']:.2f}", step / total)
         if step % EVALUATE_EVERY == 0 or step == total:
-            curve.append({"step": step, "cpu_s": round(cpu_before + time.process_time() - cpu_start, 1)} | losses | quick_scores(model, data))
-            _save_state(out, recipe, model, parts, step, curve, cpu_before + time.process_time() - cpu_start)
-        if step in ends[:-1] and phase.hit_target and max(curve[-1]["hit_at_topk"].values()) < phase.hit_target:
-            raise WorkbenchError(
-                f"the indexer finds {max(curve[-1]['hit_at_topk'].values()):.0%} of the needles after step {step}, the recipe wants "
-                f"{phase.hit_target:.0%} before going sparse; give the dense phase more steps"
-            )
+            spent = cpu_before + time.process_time() - cpu_start
+            curve.append({"step": step, "cpu_s": round(spent, 1)} | losses | quick_scores(model, data))
+            _save_state(out, recipe, model, parts, {"step": step, "curve": curve, "cpu_s": spent})
+        if step in ends[:-1] and phase.hit_target:
+            found = max(curve[-1]["hit_at_topk"].values())
+            if found < phase.hit_target:
+                raise WorkbenchError(
+                    f"the indexer finds {found:.0%} of the needles after step {step}, the recipe wants {phase.hit_target:.0%} "
+                    "before going sparse; give the dense phase more steps"
+                )
     model.eval()
     model.what = "toy, trained"
     say("scoring", 1.0)
     checkpoint.save(model, out)
     scores = score_model(checkpoint.load(out), data.heldout_ids)
     cpu = round(cpu_before + time.process_time() - cpu_start, 1)
-    (out / "recipe.json").write_text(json.dumps(recipe.to_dict() | {"trained_with": checkpoint_note(cpu)}, indent=1))
+    (out / "recipe.json").write_text(json.dumps(recipe.to_dict() | {"trained_with": circumstances(cpu)}, indent=1))
     (out / "curve.json").write_text(json.dumps(curve))
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     (out / STATE_FILE).unlink(missing_ok=True)
@@ -226,16 +231,15 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     return scores
 
 
-def checkpoint_note(cpu_seconds: float) -> dict[str, Any]:
-    import platform
-
+def circumstances(cpu_seconds: float) -> dict[str, Any]:
+    """What the figures depend on besides the recipe: text and arithmetic differ between Python and torch versions."""
     return {"python": platform.python_version(), "torch": torch.__version__, "cpu_seconds": cpu_seconds}
 
 
 def quick_scores(model: V4Model, data: Data, batches: int = 2) -> dict[str, Any]:
     """Recall, hit rates and text loss on a few held-out batches, for the curve and the hand-over to sparse selection."""
     rng = np.random.default_rng(12345)
-    stream = tasks.RecallStream(data.tokenizer, data.heldout_ids)
+    stream = tasks.RecallStream(data.tokenizer, data.heldout_ids, reread=False)
     tests = [stream.batch(rng, 8, 256) for _ in range(batches)]
     model.eval()
     far = recall(model, tests)
@@ -257,14 +261,11 @@ def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Te
     return {name: value.contiguous().clone() for name, value in tensors.items()}
 
 
-def _save_state(
-    out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer], step: int, curve: list[dict[str, Any]], cpu: float
-) -> None:
+def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer], note: dict[str, Any]) -> None:
     temporary = out / (STATE_FILE + ".part")
-    save_file(_tensors(model, parts), temporary, metadata={"step": str(step)})
+    save_file(_tensors(model, parts), temporary, metadata={"step": str(note["step"])})
     temporary.replace(out / STATE_FILE)
-    note = {"recipe": recipe.to_dict(), "step": step, "curve": curve, "cpu_s": cpu}
-    (out / PROGRESS_FILE).write_text(json.dumps(note))
+    (out / PROGRESS_FILE).write_text(json.dumps({"recipe": recipe.to_dict()} | note))
 
 
 def _resume(

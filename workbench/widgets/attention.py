@@ -76,23 +76,22 @@ class AttentionExplorer(ipw.VBox):
         self._at: tuple[int, int] | None = None  # query and column last pointed at
         self.tile: Tile | None = None
         self._make_controls()
-        self.title, self.readout = ipw.HTML(), ipw.HTML()
+        self.title, self.readout = ipw.HTML(), ipw.HTML(layout=ipw.Layout(min_height="44px"))  # two lines, so nothing jumps
         self.thumbnails = Pointer(mode="text", label="Thumbnails of layers and heads: choose one to look at it")
         self.map = Pointer(mode="picture", label="Attention map")
-        self.strip = ipw.Output(layout=ipw.Layout(width="100%"))
+        self.strip = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="380px", margin="0 0 0 16px"))
         self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
         self.thumbnails.on_msg(self._on_thumbnail)
         self.map.on_msg(self._on_map)
         self.text.on_msg(self._on_text)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
-        side = ipw.VBox([self.readout, self.strip], layout=ipw.Layout(flex="1 1 420px", min_width="380px"))
         super().__init__(
             [
                 self.title,
                 self.thumbnails,
-                ipw.HBox([self.layer, self.head, self.view, self.token], layout=wrap),
-                ipw.HBox(self.zoom_buttons, layout=wrap),
-                ipw.HBox([self.map, side], layout=ipw.Layout(flex_flow="row wrap")),
+                ipw.HBox([self.layer, self.head, self.view, self.token, *self.zoom_buttons], layout=wrap),
+                self.readout,
+                ipw.HBox([self.map, self.strip], layout=ipw.Layout(flex_flow="row wrap")),
                 self.text,
             ]
         )
@@ -104,11 +103,13 @@ class AttentionExplorer(ipw.VBox):
         super().close()
 
     def _make_controls(self) -> None:
-        menu = ipw.Layout(width="240px")
-        self.layer = ipw.Dropdown(description="Layer", layout=menu)
-        self.head = ipw.Dropdown(description="Head", layout=ipw.Layout(width="200px"))
-        self.view = ipw.Dropdown(description="View", options=VIEWS, value="both", layout=menu)
-        self.token = ipw.BoundedIntText(description="Query token", min=0, max=0, layout=ipw.Layout(width="190px"))
+        narrow = {"description_width": "initial"}
+        self.layer = ipw.Dropdown(description="Layer", style=narrow, layout=ipw.Layout(width="250px"))
+        self.head = ipw.Dropdown(description="Head", style=narrow, layout=ipw.Layout(width="120px"))
+        self.view = ipw.Dropdown(
+            description="View", options=VIEWS, value="both", style=narrow, layout=ipw.Layout(width="220px")
+        )
+        self.token = ipw.BoundedIntText(description="Query token", style=narrow, layout=ipw.Layout(width="170px"))
         self.zoom_buttons = tuple(
             ipw.Button(description=name, tooltip=tip, layout=ipw.Layout(width="auto"))
             for name, tip in (
@@ -256,8 +257,11 @@ class AttentionExplorer(ipw.VBox):
             pooled += "; no compressed entry here, so the window is shown"
         what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(head)}{pooled}"
         self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar()}")
+        at = self._at
+        inside = at is not None and all(a <= x < b for x, (a, b) in zip(at, (rows, columns), strict=True))
         self.map.show(
             png=tile.png,
+            cross=list(tile.cell(*at)) if at is not None and inside else [],
             rows=tile.values.shape[0],
             columns=tile.values.shape[1],
             width=width,
@@ -354,7 +358,7 @@ def ticks(start: int, stop: int, length: int) -> list[int]:
     tokens = list(range(-(-start // step) * step, min(stop, length), step))
     first = max(start - length, 0)
     entries = [length + e for e in range(-(-first // step) * step, stop - length, step)] if stop > length else []
-    if tokens and entries and entries[0] - tokens[-1] < step / 2:
+    if tokens and entries and entries[0] - tokens[-1] < 0.7 * step:
         tokens.pop()  # it would touch the first entry's label
     return tokens + entries
 

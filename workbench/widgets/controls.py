@@ -19,6 +19,7 @@ SHIPPED = ("tiny-v4", "tiny-v4-engram")
 MAX_NEW_TOKENS = 4096
 POLICIES = {"look up ahead (prefetch)": "prefetch", "look up when needed (serial)": "serial"}
 WIDE, NARROW = ipw.Layout(width="100%"), ipw.Layout(width="min(100%, 320px)")
+TEXT_STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4; margin-top: 4px"
 LABELS = {"description_width": "110px"}
 
 
@@ -41,7 +42,9 @@ class RunControls(ipw.VBox):
         self._message = ""
 
         prompt = "".join(trace.token_texts[: trace.prompt_length])
-        self.prompt = ipw.Textarea(prompt, description="Prompt", rows=5, tooltip="Text the model reads", layout=WIDE, style=LABELS)
+        self.prompt = ipw.Textarea(
+            prompt, description="Prompt", rows=5, tooltip="Text the model reads", layout=WIDE, style=LABELS
+        )
         self.model = ipw.Dropdown(
             options=names, value=name if name in names else names[0], description="Model",
             tooltip="Loaded on the first start", layout=NARROW, style=LABELS,
@@ -54,7 +57,13 @@ class RunControls(ipw.VBox):
             style=LABELS,
         )  # fmt: skip
         self.topk = ipw.BoundedIntText(
-            1, 1, 1, description="Index top-k", tooltip="Compressed entries a query of a CSA layer keeps", layout=NARROW, style=LABELS
+            1,
+            1,
+            1,
+            description="Index top-k",
+            tooltip="Compressed entries a query of a CSA layer keeps",
+            layout=NARROW,
+            style=LABELS,
         )
         self.seed = ipw.BoundedIntText(
             0, 0, 2**31 - 1, description="Seed", tooltip="Same seed, same text", layout=NARROW, style=LABELS
@@ -62,12 +71,12 @@ class RunControls(ipw.VBox):
         self.prefetch = ipw.Dropdown(
             options=POLICIES, description="Engram rows", tooltip="When the rows are fetched", layout=NARROW, style=LABELS
         )
-        self.start = ipw.Button(description="Start", tooltip="Start a new run", button_style="primary", icon="play")
-        self.pause = ipw.Button(description="Pause", tooltip="Pause after this step, or go on", icon="pause")
-        self.step = ipw.Button(description="Step", tooltip="One more step of a paused run", icon="step-forward")
-        self.stop = ipw.Button(description="Stop", tooltip="End the run; what it recorded stays", icon="stop")
+        self.start = ipw.Button(description="Start", tooltip="Start a new run", button_style="primary")
+        self.pause = ipw.Button(description="Pause", tooltip="Pause after this step, or go on")
+        self.step = ipw.Button(description="Step", tooltip="One more step of a paused run")
+        self.stop = ipw.Button(description="Stop", tooltip="End the run; what it recorded stays")
         self.progress = ipw.FloatProgress(max=1.0, description="Progress", layout=NARROW, style=LABELS)
-        self.text, self.status = ipw.HTML(), ipw.HTML()
+        self.text, self.status = ipw.HTML(description="Text", layout=WIDE, style=LABELS), ipw.HTML()
 
         wrap = ipw.Layout(flex_flow="row wrap")
         settings = (self.model, self.max_new_tokens, self.temperature, self.topk, self.seed, self.prefetch)
@@ -157,10 +166,10 @@ class RunControls(ipw.VBox):
             self.pause.disabled = not busy
             self.step.disabled = state != "paused"
             self.stop.disabled = not (busy or self._starting)
-            self.pause.description, self.pause.icon = ("Resume", "play") if state == "paused" else ("Pause", "pause")
+            self.pause.description = "Resume" if state == "paused" else "Pause"
             self.progress.value = run.progress if run is not None else 0.0
             if run is not None:
-                self.text.value = f"<div dir='auto' style='white-space: pre-wrap; overflow-wrap: anywhere'>{escape(run.text)}</div>"
+                self.text.value = f"<div dir='auto' style='{TEXT_STYLE}'>{escape(run.text)}</div>"
             line = self._message or _state_line(run, self.session.trace)
             shown = f"<div role='status' aria-live='polite'>{escape(line)}</div>"
             if self.status.value != shown:  # a screen reader says each change

@@ -27,6 +27,7 @@ class KVCacheGrowth(ipw.VBox):
             description="Bytes axis",
             tooltips=["parts stacked", "parts as lines, dense caches in sight"],
             style={"button_width": "auto"},
+            layout=ipw.Layout(width="auto"),
         )
         self.view, self.panel = ipw.Output(), ipw.HTML()
         self._drawn: tuple[Any, ...] = ()
@@ -44,4 +45,4 @@ class KVCacheGrowth(ipw.VBox):
             self._drawn = wanted
             self.figure = kv_growth(trace, step if trace.steps else None, log=self.scale.value)
             self.view.outputs = (as_output(self.figure),)
-            self.panel.value = kv_panel_html(trace, step) if trace.steps else "<p>No step yet: the cache is empty.</p>"
+            self.panel.value = kv_panel_html(trace, step) if trace.steps else "<p>No step was recorded yet.</p>"

@@ -22,6 +22,7 @@ function picture(model, root) {
   const mark = part(box, "wb-mark"), across = part(box, "wb-across"), down = part(box, "wb-down");
   let at = null, shown = null, url = null, last = 0, timer = null;
 
+  const longest = (labels) => Math.max(0, ...labels.map(([, text]) => text.length));
   const share = (i, count) => `${(100 * (i + 0.5)) / count}%`;
   const send = (type, more = {}) => at && model.send({ type, row: at[0], column: at[1], ...more });
   function hover() {
@@ -79,9 +80,12 @@ function picture(model, root) {
       title.textContent = model.get("row_title");
       columnTitle.textContent = model.get("column_title");
       label(rowLabels, "top", model.get("row_labels"));
-      rowLabels.style.width = `${2 + Math.max(0, ...model.get("row_labels").map(([, text]) => text.length))}ch`;
+      rowLabels.style.width = `${2 + longest(model.get("row_labels"))}ch`;
       label(columnLabels, "left", model.get("column_labels"));
       columnLabels.classList.toggle("wb-upright", model.get("upright"));
+      columnLabels.style.height = model.get("upright") ? `${2 + longest(model.get("column_labels"))}ch` : "";
+      const cell = model.get("cross"); // where the place pointed at lies in a new picture
+      if (model.get("png") !== shown) at = cell.length ? [...cell] : null;
       cross();
       const png = model.get("png");
       if (png === shown) return done();

@@ -20,7 +20,7 @@ CHART_MIME = "application/vnd.plotly.v1+json"
 def as_output(fig: go.Figure) -> dict[str, Any]:
     """``fig`` as a notebook output, for ``out.outputs = (as_output(fig),)``."""
     chart = json.loads(fig.to_json())
-    chart["config"] = {"displaylogo": False, "responsive": True}
+    chart["config"] = {"displaylogo": False}  # "responsive" makes charts of a height given in pixels collapse to none at times
     title = (fig.layout.title.text or "chart").replace("<br>", " ")
     return {"output_type": "display_data", "data": {CHART_MIME: chart, "text/plain": title}, "metadata": {}}
 
@@ -51,8 +51,7 @@ class Pointer(anywidget.AnyWidget):
 .wb-row-labels:has(span:nth-child(12)) {min-width: 9em}
 .wb-column-labels {grid-column: 3; grid-row: 2; position: relative; height: 1.5em}
 .wb-column-labels span {position: absolute; top: 4px; transform: translateX(-50%); white-space: pre; line-height: 1}
-.wb-column-labels.wb-upright {height: 9em}
-.wb-upright span {writing-mode: vertical-rl; max-height: 8.5em; overflow: hidden}
+.wb-upright span {writing-mode: vertical-rl}
 .wb-column-title {grid-column: 3; grid-row: 3; text-align: center}
 .wb-pointer.wb-text {overflow-y: auto; padding: 2px}
 .wb-pointer.wb-text:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
@@ -62,6 +61,7 @@ class Pointer(anywidget.AnyWidget):
     png = tl.Bytes().tag(sync=True)
     rows = tl.Int(1).tag(sync=True)  # cells
     columns = tl.Int(1).tag(sync=True)
+    cross: tl.List[int] = tl.List().tag(sync=True)  # [row, column] of the cross-hair in a new picture, [] for none
     mark = tl.Int(-1).tag(sync=True)  # the chosen row of cells
     width = tl.Int(300).tag(sync=True)  # CSS pixels
     height = tl.Int(0).tag(sync=True)  # of the picture; of a text, the most it takes before it scrolls (0: no limit)

@@ -1,8 +1,8 @@
 """What several widgets look at together: one source, one chosen token, layer, head and step.
 
 Widgets given the same LiveRun or Trace share a Session, so that choosing a token in one moves the others, and a new run
-started by RunControls shows up in all of them. While a run works, one painter thread publishes a fresh snapshot a few times a second;
-the run's own thread never draws.
+started by RunControls shows up in all of them. While a run works, one painter thread publishes a fresh snapshot a few times a
+second; the run's own thread never draws.
 """
 
 from __future__ import annotations

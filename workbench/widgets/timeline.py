@@ -72,20 +72,20 @@ class OverlapTimeline(ipw.VBox):
             self.numbers.value = f"<p>{escape(_run_numbers(trace))}</p>"
 
     def _begin(self, _: ipw.Button) -> None:
-        run = self.session.run
-        compare = self._compare
-        if compare is None and run is None:
-            self._say("There is no model to measure in a recording: start a run first, or give compare=.")
-            return
-        if compare is None and run.state == "running":  # both would want the same cores, and the timing would show it
-            self._say("A run is under way and would disturb the timing: pause or stop it first.")
-            return
+        run, compare = self.session.run, self._compare
+        if compare is None:
+            if run is None:
+                self._say("There is no model to measure in a recording: start a run first, or give compare=.")
+                return
+            if run.state == "running":  # both would want the same cores, and the timing would show it
+                self._say("A run is under way and would disturb the timing: pause or stop it first.")
+                return
+            compare = _compare_prefill(run.model)
         self._stop.clear()
         self.start.disabled, self.stop.disabled = True, False
         self.progress.value, self.progress.layout.visibility = 0.0, "visible"
         self._say("Comparing…")
-        work = compare or _compare_prefill(run.model)
-        threading.Thread(target=self._work, args=(work,), name="workbench-compare", daemon=True).start()
+        threading.Thread(target=self._work, args=(compare,), name="workbench-compare", daemon=True).start()
 
     def _work(self, compare: Compare) -> None:
         try:
@@ -96,7 +96,7 @@ class OverlapTimeline(ipw.VBox):
             serial, prefetched = pair
             self.comparison = overlap_comparison(serial, prefetched)
             self.comparison_view.outputs = (as_output(self.comparison),)
-            self._say(" ".join(filter(None, (prefetched.note, _own_lookup(self.session.trace)))))
+            self._say(f"Compared. {_own_lookup(self.session.trace)}")
         except WorkbenchError as error:
             self._say(str(error))
         except Exception as error:  # the button must come back, and the reader must see why
@@ -126,7 +126,9 @@ def _trace_of(timeline: Timeline) -> Trace:
     """A timeline alone as a trace without tokens' contents, so that one slider and one session serve both."""
     steps = max((span.step for span in timeline.spans), default=-1) + 1
     order = np.arange(steps, dtype=np.int32)
-    return Trace("timeline", "timeline alone", timeline.device, {}, order, ("",) * steps, 0, timeline=timeline, step_starts=order)
+    return Trace(
+        "timeline", "timeline alone", timeline.device, {}, order, ("",) * steps, 0, timeline=timeline, step_starts=order
+    )
 
 
 def _run_numbers(trace: Trace) -> str:
@@ -142,4 +144,6 @@ def _own_lookup(trace: Trace) -> str:
         steps.setdefault(span.step, []).extend((span.start_s, span.end_s))
     total = 1e3 * sum(max(times) - min(times) for times in steps.values())
     lookup = 1e3 * trace.timeline.lookup_s
-    return f"This run's own lookup took {lookup:.2f} ms of {total:.2f} ms, {lookup / total:.1%}." if lookup else ""
+    if not lookup:
+        return ""
+    return f"In the run above, the model's own lookup took {lookup:.2f} ms of {total:.2f} ms ({lookup / total:.1%})."

@@ -26,8 +26,8 @@ def attend(q: Tensor, keys: Tensor, window: int, start: int, entries: Tensor, vi
     """p = softmax([q . k / sqrt(D) over window and visible entries ; sink]);  out = sum p k, the sink having value 0.
 
     q [B, T, H, D] for positions start..start+T-1; keys [B, W - 1 + T, D], the window keys of the W - 1 positions before
-    ``start`` (anything where they lie before 0) and the new ones; entries [B, S, D] shared by all queries with visible [T, S], or
-    gathered per query [B, T, K, D] with visible [B, T, K]. Window work is done in blocks of W queries against 2 W - 1 keys.
+    ``start`` (anything where they lie before 0) and the new ones; entries [B, S, D] shared by all queries with visible
+    [T, S], or gathered per query [B, T, K, D] with visible [B, T, K]. Windows are done in blocks of W queries by 2 W - 1 keys.
     """
     batch, t, heads, d = q.shape
     block = min(window, t)
@@ -39,7 +39,9 @@ def attend(q: Tensor, keys: Tensor, window: int, start: int, entries: Tensor, vi
     near = F.pad(keys, (0, 0, 0, padding)).unfold(1, span, block)  # [B, n, D, J]
     scale = d**-0.5
     window_logits = torch.matmul(queries, near).view(batch, blocks * block, heads, span)[:, :t]
-    window_logits = (window_logits.float() * scale).masked_fill(~window_mask(t, window, start, q.device).unsqueeze(1), -torch.inf)
+    window_logits = (window_logits.float() * scale).masked_fill(
+        ~window_mask(t, window, start, q.device).unsqueeze(1), -torch.inf
+    )
     shared = entries.dim() == 3
     if shared:
         entry_logits = torch.matmul(q.flatten(1, 2), entries.transpose(1, 2)).view(batch, t, heads, -1)

@@ -27,8 +27,8 @@ MAX_QUERIES = 512
 class Attention:
     """What a recorder or a training loss sees of one chunk of queries, positions start..start+T-1.
 
-    window_probs [B, T, H, W], column w being the key W - 1 - w tokens back; sink_probs [B, T, H]. CSA: selection (K entries, best
-    first) with entry_probs [B, T, H, K] in the same order, and the runner-up, the best entry left out. HCA: entry_probs
+    window_probs [B, T, H, W], column w being the key W - 1 - w tokens back; sink_probs [B, T, H]. CSA: selection (K entries,
+    best first) with entry_probs [B, T, H, K] in the same order, and the runner-up, the best entry left out. HCA: entry_probs
     [B, T, H, S] over all entries.
     """
 
@@ -94,7 +94,7 @@ class HybridAttention(nn.Module):
         return self.wo_b(self.wo_a(rotate(out, turns.conj().unsqueeze(1)).flatten(2)))
 
     def _with_past(self, new: Tensor, cache: LayerCache | None) -> Tensor:
-        """[B, W - 1 + T, D]: the window keys before the new tokens, zeros where the sequence had not begun, and the new ones."""
+        """[B, W - 1 + T, D]: the window keys before the new tokens, zeros where nothing had begun yet, and the new ones."""
         if cache is None:
             return F.pad(new, (0, 0, self.window - 1, 0))
         past = cache.window.last(min(cache.window.length, self.window - 1)).to(new.dtype)
