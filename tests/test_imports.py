@@ -27,6 +27,7 @@ ALLOWED = {
     "memory": CORE,
     "recorder": CORE,
     "live": CORE,
+    "needle": CORE,
     "training": CORE,
     "figures": {"numpy", "plotly", "PIL"},
     "widgets": {"numpy", "plotly", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython"},

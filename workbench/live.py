@@ -43,6 +43,7 @@ def encode(model: V4Model, prompt: str | Sequence[int]) -> list[int]:
             raise InputError("the prompt is empty; type some text")
         if model.tokenizer is None:
             raise InputError("this model came without a tokenizer; give the prompt as a list of token ids")
+        model.tokenizer.encode_special_tokens = True  # a typed "<|bos|>" is text like any other
         ids = model.tokenizer.encode(prompt).ids
     else:
         ids = [int(i) for i in prompt]

@@ -71,7 +71,7 @@ def test_the_panel_marks_each_part_that_differs_from_the_formula():
 
 def test_the_panel_puts_numbers_into_the_formula_and_shows_reserved_room_apart():
     panel = kv_panel_html(TRACE, 3)
-    assert "n_csa × ⌊L/m⌋ × E" in panel and "2 × 8 × 64" in panel  # two layers, 32 tokens in blocks of 4, 16 fp32 values
+    assert "n_csa × ⌊L/m⌋ × E <b>= 2 × 8 × 64</b>" in panel  # two layers, 32 tokens in blocks of 4, 16 fp32 values
     assert "4,096 B" in panel.split("</table>")[1]
 
 

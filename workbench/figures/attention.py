@@ -499,12 +499,13 @@ def _add_probs(fig: go.Figure, record: LayerTrace, token: int, head: Head, row: 
         ),
     ]
     sink = float(of_head(record.sink_probs[token][:, None], head)[0])
-    margin = max(1.0, 0.02 * record.length)
-    place = {"x": [-2 * margin], "y": [sink], "width": margin, "marker_color": style.SINK_COLOUR}
+    unit = 0.02 * record.length  # the sink has no position: its bar stands before token 0
+    place = {"x": [-2 * unit], "y": [sink], "width": unit, "marker_color": style.SINK_COLOUR}
     bars.append(go.Bar(**place, name=f"sink ({sink:.2g})", hovertemplate="sink<br>probability %{y:.3g}<extra></extra>"))
     for bar in bars:
         if bar is not None:
             fig.add_trace(bar.update(opacity=0.85, marker_line_width=0), row=row, col=1)
+    fig.update_xaxes(range=[-3.5 * unit, record.length])
     fig.update_yaxes(title_text="probability", rangemode="tozero", row=row, col=1)
 
 

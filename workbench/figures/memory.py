@@ -81,15 +81,14 @@ def kv_panel_html(trace: Trace, step: int) -> str:
     rows = []
     for part in parts:
         own = [t for t in terms if t.part == part]
-        symbols = "<br>".join(f"{'+ ' if i else ''}{escape(t.symbols)}" for i, t in enumerate(own))
-        numbers = "<br>".join(f"{'+ ' if i else ''}{escape(t.numbers)}" for i, t in enumerate(own))
+        sums = [f"{'+ ' if i else ''}{escape(t.symbols)} <b>= {escape(t.numbers)}</b>" for i, t in enumerate(own)]
         live = int(trace.cache_bytes[part][step]) if part in trace.cache_bytes else 0
-        rows.append(_row(part, symbols, numbers, expected.get(part), live))
-    rows.append(_row("total", "", "", expected.get("total"), _held(trace, step)))
+        rows.append(_row(part, "<br>".join(sums), expected.get(part), live))
+    rows.append(_row("total", "", expected.get("total"), _held(trace, step)))
     reserved = int(trace.cache_reserved[step]) if len(trace.cache_reserved) > step else 0
     unit = cost.units(config, trace.storage) if config else "There is no formula for this kind of model."
     head = "".join(
-        f"<th scope='col'>{name}</th>" for name in ("part", "live cache, B", "formula, B", "check", "formula", "numbers")
+        f"<th scope='col'>{name}</th>" for name in ("part", "live cache, B", "formula, B", "check", "formula and its numbers")
     )
     return (
         f"{_CSS}<div class='wb-kv'><p>After step {step}: L = {length:,} tokens, {escape(trace.label)}.<br>{escape(unit)}</p>"
@@ -101,11 +100,12 @@ def kv_panel_html(trace: Trace, step: int) -> str:
 _CSS = (
     "<style>.wb-kv{overflow-x:auto;line-height:1.4}.wb-kv table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     ".wb-kv th,.wb-kv td{padding:2px 10px;text-align:left;vertical-align:top;white-space:nowrap;border-bottom:1px solid #8886}"
+    ".wb-kv td.sum{white-space:normal;min-width:20em}"
     ".wb-kv .n{text-align:right}.wb-kv .bad{background:#d55e00;color:#000;font-weight:bold}</style>"
 )
 
 
-def _row(part: str, symbols: str, numbers: str, expected: int | None, live: int) -> str:
+def _row(part: str, sums: str, expected: int | None, live: int) -> str:
     if expected is None:
         mark, style, shown = "no formula", "", "–"
     elif expected == live:
@@ -113,7 +113,7 @@ def _row(part: str, symbols: str, numbers: str, expected: int | None, live: int)
     else:
         mark, style, shown = f"≠ NOT EQUAL by {live - expected:+,}", "bad", f"{expected:,}"
     counts = f"<td class='n'>{live:,}</td><td class='n'>{shown}</td><td class='{style}'>{mark}</td>"
-    return f"<tr><th scope='row'>{escape(part)}</th>{counts}<td>{symbols}</td><td>{numbers}</td></tr>"
+    return f"<tr><th scope='row'>{escape(part)}</th>{counts}<td class='sum'>{sums}</td></tr>"
 
 
 def _add_modelled(fig: go.Figure, config: ModelConfig, storage: str, tokens: list[int]) -> None:

@@ -19,13 +19,15 @@ from workbench.trace import LayerTrace, Trace
 NEAR_TOKENS = 600  # shown on either side of the query
 PASSAGE_TOKENS = 24  # shown on either side of a top source farther away
 TOP_PASSAGES = 6
-TEXT_BYTES = 180_000  # of a view's 250 KB
+TEXT_BYTES = 100_000  # of a view's 250 KB
+FAINT = 2e-3  # less mass than this is not painted: it could not be seen
 MAX_TOKEN_CHARACTERS = 80
 
 _CSS = """
 .wb-text {font-family: var(--jp-code-font-family, monospace); font-size: 13px; line-height: 1.75; overflow-wrap: anywhere;
   color: var(--jp-content-font-color1, inherit); direction: ltr; text-align: left}
-.wb-text p {margin: 0; padding: 0 0 6px; position: sticky; top: 0; background: var(--jp-layout-color0, Canvas); font-family: var(--jp-ui-font-family, sans-serif); font-size: 12px}
+.wb-text p {margin: 0; padding: 0 0 6px; position: sticky; top: 0; background: var(--jp-layout-color0, Canvas);
+  font-family: var(--jp-ui-font-family, sans-serif); font-size: 12px}
 .wb-text bdi {white-space: pre-wrap; padding: 1px 0; border-radius: 2px; cursor: pointer}
 .wb-text bdi:hover {outline: 1px solid var(--jp-border-color1, grey)}
 .wb-text .w {background: color-mix(in srgb, WINDOW calc(var(--a) * 1%), transparent)}
@@ -114,7 +116,7 @@ def _gap(start: int, stop: int) -> str:
 
 def _token(text: str, t: int, query: int, window: float, entries: float) -> str:
     classes, attributes = [], f' data-token="{t}"'
-    if window + entries > 1e-4:
+    if window + entries >= FAINT:
         classes.append("e" if entries > window else "w")
         strength = round(65 * min(1.0, window + entries) ** 0.5)  # percent; text stays readable on the strongest
         attributes += f' style="--a:{strength}" title="token {t}: window {window:.3g}, entries {entries:.3g}"'

@@ -84,6 +84,17 @@ class V4Model(nn.Module):
             self.register_buffer("engram_canonical_ids", canonical)
         self.fetcher = RowFetcher()
 
+    @classmethod
+    def untrained(cls, config: ModelConfig, seed: int = 0) -> V4Model:
+        """A model with the random weights training starts from; the caller's own random state is left alone."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            model = cls(config)
+            model.embed.weight.normal_(std=0.5)
+            model.head.weight.copy_(0.2 * model.embed.weight)  # untied, but copying a token it has seen works from the start
+        model.what = "toy, untrained"
+        return model.eval()
+
     @property
     def blocks(self) -> list[Block]:
         """The layers, typed."""

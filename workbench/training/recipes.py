@@ -32,6 +32,7 @@ class Recipe:
     engram: bool = False
     vocab_size: int = 1536
     plain_share: float = 0.25  # of the sequences of a batch, text without needles
+    once_share: float = 0.25  # and streams that ask for each key once, over all distances
     muon_lr: float = 1e-2
     adam_lr: float = 5e-3
     table_lr: float = 1e-2
@@ -83,7 +84,7 @@ _TINY_V4 = Recipe(
     name="tiny-v4",
     seed=1,
     phases=(
-        Phase(steps=500, length=256, batch=8, selection="dense", hit_target=0.98),
+        Phase(steps=900, length=256, batch=8, selection="dense", hit_target=0.98),
         Phase(steps=400, length=256, batch=8, selection="sparse"),
         Phase(steps=100, length=1024, batch=2, selection="sparse"),
     ),

@@ -60,7 +60,7 @@ def selected_entries(model: V4Model, ids: torch.Tensor, topk: int | None = None)
     return {layer: np.concatenate(chunks, axis=1) for layer, chunks in kept.items()}
 
 
-def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int) -> dict[str, float]:
+def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int, topk: int | None = None) -> dict[str, float]:
     """Share of far questions whose needle's entry is among the k best, per CSA layer, and what k random entries would find."""
     found: dict[str, list[np.ndarray]] = {}
     ratio = model.config.csa_ratio
@@ -69,7 +69,7 @@ def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int) ->
         needle = batch.needle_position[row, t]
         distant = t - needle > far_distance(model)
         row, t, block = row[distant], t[distant], needle[distant] // ratio
-        for layer, entries in selected_entries(model, torch.from_numpy(batch.ids)).items():
+        for layer, entries in selected_entries(model, torch.from_numpy(batch.ids), topk).items():
             best = entries[row, t, :k]
             hit = ((best == block[:, None]) | (best == block[:, None] + 1)).any(1)
             found.setdefault(str(layer), []).append(hit)
@@ -126,9 +126,9 @@ def score_model(model: V4Model, heldout: np.ndarray, *, quick: bool = False) -> 
     """Every figure the model is judged by. ``heldout`` are token ids of text the model never saw."""
     assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)
-    stream = tasks.RecallStream(model.tokenizer, heldout, reread=False)
-    near = [stream.batch(rng, 8, 256) for _ in range(3 if quick else 12)]
-    long = [stream.batch(rng, 1, 4096) for _ in range(1 if quick else 4)]
+    stream = tasks.RecallStream.asked_once(model.tokenizer, heldout)
+    near = [stream.batch(rng, 8, 256) for _ in range(4 if quick else 24)]
+    long = [stream.batch(rng, 1, 4096) for _ in range(1 if quick else 6)]
     k = model.config.index_topk
     return {
         "recall_256": recall(model, near),

@@ -7,6 +7,7 @@ for a key written earlier, whose value the model must recall. (reference/tiny-mo
 from __future__ import annotations
 
 import sysconfig
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ KEYS = tuple(_WORDS.split())
 VALUES = tuple(str(n) for n in range(10, 100))
 SLOT = 8  # tokens of text in a filler slot
 FAR, FAR_SHARE = 24, 0.75  # tokens beyond the tiny models' window; share of questions that reach beyond it where any can
-HELD_OUT = 12  # every twelfth topic and module is never trained on
+HELD_OUT = 12  # about one in twelve topics and modules is never trained on
 MAX_MODULE_BYTES = 150_000
 BOS = "<|bos|>"
 
@@ -45,25 +46,29 @@ def question(key: str) -> str:
     return f" The code of {key} is"
 
 
-def _sources() -> tuple[list[str], list[str]]:
-    """Documentation topics and standard-library sources of this Python, in a fixed order."""
-    prose = [text for _, text in sorted(_topics.topics.items())]
+def _documents() -> tuple[dict[str, str], dict[str, str]]:
+    """Documentation topics and standard-library sources of this Python, by name."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = [p for p in sorted(folder.glob("*.py")) if p.stat().st_size <= MAX_MODULE_BYTES]
-    return prose, [p.read_text(encoding="utf-8", errors="ignore") for p in paths]
+    paths = [p for p in paths if not p.name.startswith("_sysconfigdata")]  # that one describes a machine, not Python
+    return dict(sorted(_topics.topics.items())), {p.name: p.read_text(encoding="utf-8", errors="ignore") for p in paths}
+
+
+def held_out(name: str) -> bool:
+    """Whether a topic or module is never trained on; its name decides, so that every Python version holds out the same."""
+    return zlib.crc32(name.encode()) % HELD_OUT == 0
 
 
 def corpus() -> tuple[str, str]:
     """(training text, held-out text): whole topics and modules, never parts of one in both."""
-    prose, code = _sources()
-    train = [t for group in (prose, code) for i, t in enumerate(group) if i % HELD_OUT]
-    held = [t for group in (prose, code) for i, t in enumerate(group) if i % HELD_OUT == 0]
-    return "\n".join(train), "\n".join(held)
+    documents = [document for group in _documents() for document in group.items()]
+    train = "\n".join(text for name, text in documents if not held_out(name))
+    return train, "\n".join(text for name, text in documents if held_out(name))
 
 
 def heldout_sample(text_limit: int = 200_000) -> str:
     """At most ``text_limit`` UTF-8 bytes of held-out text, half documentation and half source where there is enough."""
-    prose, code = ("\n".join(group[::HELD_OUT]) for group in _sources())
+    prose, code = ("\n".join(text for name, text in group.items() if held_out(name)) for group in _documents())
     first = _cut(prose, text_limit // 2)
     return first + _cut(code, text_limit - len(first.encode()))
 
@@ -148,7 +153,7 @@ class RecallStream:
         read_prob: float = 0.5,
         reread: bool = True,
     ) -> None:
-        """``reread=False`` asks for each key once, so that a question has one needle only: for scoring."""
+        """``reread=False`` asks for each key once, so that a question has one needle only."""
         one = lambda text: tokenizer.encode(text).ids  # noqa: E731
         self.text = np.asarray(text_ids, np.int64)
         self.write_prob, self.read_prob, self.reread = write_prob, read_prob, reread
@@ -160,7 +165,17 @@ class RecallStream:
             raise InputError("this tokenizer splits the needle sentence; use one made by train_tokenizer")
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> RecallBatch:
+        """``batch_size`` streams of ``length`` tokens. Raises InputError if the text is shorter than one sequence."""
+        if len(self.text) <= length + SLOT:
+            raise InputError(
+                f"sequences of {length} tokens need more text than {len(self.text)} tokens; give more or ask for less"
+            )
         return _stack([self._sequence(rng, length) for _ in range(batch_size)])
+
+    @classmethod
+    def asked_once(cls, tokenizer: Tokenizer, text_ids: np.ndarray) -> RecallStream:
+        """The stream that scores are taken on: few questions, each key asked once, so that distances spread over the length."""
+        return cls(tokenizer, text_ids, write_prob=0.3, read_prob=0.15, reread=False)
 
     def _sequence(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, ...]:
         slots = length // len(self.sentence) + 2
@@ -213,7 +228,9 @@ def _stack(rows: list[tuple[np.ndarray, ...]]) -> RecallBatch:
 
 
 def plain_batch(rng: np.random.Generator, text_ids: np.ndarray, batch_size: int, length: int) -> RecallBatch:
-    """Text alone, from random places."""
+    """Text alone, from random places. Raises InputError if the text is shorter than one sequence."""
+    if len(text_ids) <= length:
+        raise InputError(f"sequences of {length} tokens need more text than {len(text_ids)} tokens; give more or ask for less")
     starts = rng.integers(len(text_ids) - length, size=batch_size)
     ids = np.stack([text_ids[s : s + length] for s in starts]).astype(np.int64)
     mask = np.ones(ids.shape, bool)
@@ -232,6 +249,8 @@ def haystack(
     filler = length - len(record) - len(asked)
     if filler < 0 or not 0 <= depth <= 1:
         raise InputError(f"need a length of at least {len(record) + len(asked)} and a depth in 0..1, got {length} and {depth}")
+    if len(text_ids) < filler:
+        raise InputError(f"a haystack of {length} tokens needs {filler} tokens of text, got {len(text_ids)}")
     start = int(rng.integers(max(1, len(text_ids) - filler)))
     text = np.asarray(text_ids[start : start + filler])
     cut = round(depth * filler)

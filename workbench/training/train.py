@@ -7,6 +7,7 @@ KL loss alone and the model never from it. (reference/deepseek-v4.md, section 9;
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from workbench.training.score import needle_hits, recall, score_model, text_loss
 EVALUATE_EVERY, SAVE_EVERY = 50, 50
 STATE_FILE, PROGRESS_FILE = "resume.safetensors", "resume.json"
 Progress = Callable[[str, float], None]
+Streams = tuple[tasks.RecallStream, tasks.RecallStream]  # many questions per key, and one
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,11 @@ def prepare(recipe: Recipe) -> Data:
 
 def build(recipe: Recipe, data: Data) -> V4Model:
     """The untrained model of a recipe, from its seed."""
-    torch.manual_seed(recipe.seed)
-    model = V4Model(recipe.config(int(data.canonical.max()) + 1))
-    with torch.no_grad():
-        torch.nn.init.normal_(model.embed.weight, std=0.5)
-        model.head.weight.copy_(0.2 * model.embed.weight)  # untied, but copying a token it has seen works from the start
+    model = V4Model.untrained(recipe.config(int(data.canonical.max()) + 1), recipe.seed)
     if model.config.engram:
         model.engram_canonical_ids.copy_(torch.from_numpy(data.canonical))
     model.tokenizer = data.tokenizer
-    model.name, model.what = recipe.name, "toy, untrained"
+    model.name = recipe.name
     return model
 
 
@@ -106,11 +104,12 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1][where], ids[:, 1:][where])
 
 
-def make_batch(recipe: Recipe, data: Data, stream: tasks.RecallStream, phase: Phase, step: int) -> tasks.RecallBatch:
+def make_batch(recipe: Recipe, data: Data, streams: Streams, phase: Phase, step: int) -> tasks.RecallBatch:
     """The batch of a step depends on seed and step alone, so an interrupted run goes on with the same data."""
     rng = np.random.default_rng([recipe.seed, step])
-    plain = round(recipe.plain_share * phase.batch)
-    parts = [stream.batch(rng, phase.batch - plain, phase.length)]
+    plain, once = int(recipe.plain_share * phase.batch), math.ceil(recipe.once_share * phase.batch)
+    many, few = streams
+    parts = [many.batch(rng, phase.batch - plain - once, phase.length), few.batch(rng, once, phase.length)]
     if plain:
         parts.append(tasks.plain_batch(rng, data.train_ids, plain, phase.length))
     columns = ("ids", "text_mask", "read_mask", "needle_position")
@@ -192,7 +191,10 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     model = build(recipe, data)
     parts = optimisers(model, recipe)
     base_rates = [[group["lr"] for group in part.param_groups] for part in parts]
-    stream = tasks.RecallStream(data.tokenizer, data.train_ids)
+    streams = (
+        tasks.RecallStream(data.tokenizer, data.train_ids),
+        tasks.RecallStream.asked_once(data.tokenizer, data.train_ids),
+    )
     step, curve, cpu_before = (0, [], 0.0) if fresh else _resume(out, recipe, model, parts)
     cpu_start = time.process_time()
     ends = np.cumsum([phase.steps for phase in recipe.phases])
@@ -203,7 +205,7 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
         for part, rates in zip(parts, base_rates, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(recipe, step, total)
-        losses = train_step(model, parts, recipe, make_batch(recipe, data, stream, phase, step), phase)
+        losses = train_step(model, parts, recipe, make_batch(recipe, data, streams, phase, step), phase)
         step += 1
         say(f"step {step}/{total} text {losses['text']:.2f} reads {losses['reads']:.2f}", step / total)
         if step % EVALUATE_EVERY == 0 or step == total:
@@ -236,10 +238,10 @@ def circumstances(cpu_seconds: float) -> dict[str, Any]:
     return {"python": platform.python_version(), "torch": torch.__version__, "cpu_seconds": cpu_seconds}
 
 
-def quick_scores(model: V4Model, data: Data, batches: int = 2) -> dict[str, Any]:
+def quick_scores(model: V4Model, data: Data, batches: int = 4) -> dict[str, Any]:
     """Recall, hit rates and text loss on a few held-out batches, for the curve and the hand-over to sparse selection."""
     rng = np.random.default_rng(12345)
-    stream = tasks.RecallStream(data.tokenizer, data.heldout_ids, reread=False)
+    stream = tasks.RecallStream.asked_once(data.tokenizer, data.heldout_ids)
     tests = [stream.batch(rng, 8, 256) for _ in range(batches)]
     model.eval()
     far = recall(model, tests)

@@ -69,7 +69,6 @@ class AttentionExplorer(ipw.VBox):
 
     def __init__(self, source: LiveRun | Trace | Session) -> None:
         self.session = session_of(source)
-        self._lock = threading.RLock()
         self._syncing: int | None = None  # the thread that is copying the session's state into the controls
         self._drawn: dict[str, Any] = {}
         self._zoom: tuple[Range, Range] | None = None
@@ -78,16 +77,17 @@ class AttentionExplorer(ipw.VBox):
         self._make_controls()
         self.title, self.readout = ipw.HTML(), ipw.HTML(layout=ipw.Layout(min_height="44px"))  # two lines, so nothing jumps
         self.thumbnails = Pointer(mode="text", label="Thumbnails of layers and heads: choose one to look at it")
-        self.map = Pointer(mode="picture", label="Attention map")
+        self.map = Pointer(
+            mode="picture", label="Attention map", layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + 130}px")
+        )
         self.strip = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="380px", margin="0 0 0 16px"))
         self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
         self.thumbnails.on_msg(self._on_thumbnail)
         self.map.on_msg(self._on_map)
         self.text.on_msg(self._on_text)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
-        super().__init__(
+        self.body = ipw.VBox(
             [
-                self.title,
                 self.thumbnails,
                 ipw.HBox([self.layer, self.head, self.view, self.token, *self.zoom_buttons], layout=wrap),
                 self.readout,
@@ -95,6 +95,7 @@ class AttentionExplorer(ipw.VBox):
                 self.text,
             ]
         )
+        super().__init__([self.title, self.body])
         self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state"])
         self._redraw()
 
@@ -129,50 +130,48 @@ class AttentionExplorer(ipw.VBox):
         def choose(change: Any) -> None:
             if self._syncing == threading.get_ident() or change["new"] is None:
                 return  # the session told us, not a person
-            if name == "token":
-                self.session.choose_token(change["new"])
-            else:
-                setattr(self.session, name, change["new"])
+            with self.session.lock:
+                if name == "token":
+                    self.session.choose_token(change["new"])
+                else:
+                    setattr(self.session, name, change["new"])
 
         return choose
 
-    # What people do. Nothing here holds the lock while it changes the session, which other widgets observe.
+    # What people do, one thing at a time: under the lock all widgets of the session share.
 
     def _on_thumbnail(self, _: Any, message: Any, buffers: Any) -> None:
-        kind, _, value = str(message.get("token", "")).partition(":")
-        if kind == "layer" and value.isdecimal():
-            self.session.layer = int(value)
-        elif kind == "head":
-            self.session.head = int(value) if value.isdecimal() else value
+        kind, _, value = message["token"].partition(":")  # as written by _button
+        with self.session.lock:
+            setattr(self.session, kind, int(value) if value.isdecimal() else value)
 
     def _on_text(self, _: Any, message: Any, buffers: Any) -> None:
         chosen = self.session.token + message.get("by", 0) if message.get("type") == "move" else int(message.get("token", -1))
-        if self.session.trace is not None and 0 <= chosen < self.session.trace.length:
+        if 0 <= chosen < self.session.trace.length:
             self.session.choose_token(chosen)
 
     def _on_map(self, _: Any, message: Any, buffers: Any) -> None:
-        with self._lock:
+        with self.session.lock:
             tile = self.tile
             if tile is None:
                 return
             height, width = tile.values.shape
             i, j = min(max(0, message["row"]), height - 1), min(max(0, message["column"]), width - 1)
             self._at = tile.strongest(i, j)
-            query = self._at[0]
-        if message["type"] == "click":
-            self.session.choose_token(query)
-        elif message["type"] == "zoom":
-            self._zoom_by(message["by"])
-        self._redraw()
+            if message["type"] == "click":
+                self.session.choose_token(self._at[0])
+            elif message["type"] == "zoom":
+                self._zoom_by(message["by"])
+            self._redraw()
 
     def _on_view(self, change: Any) -> None:
-        with self._lock:
+        with self.session.lock:
             self._zoom = self._at = None
         self._redraw()
 
     def _zoom_by(self, by: int) -> None:
         """Show half as many rows and columns around the last place pointed at (1), twice as many (-1) or all (0)."""
-        with self._lock:
+        with self.session.lock:
             if self.tile is None:
                 return
             whole = whole_ranges(self.tile.layer, self.view.value)
@@ -185,13 +184,15 @@ class AttentionExplorer(ipw.VBox):
     # Drawing: every part remembers what it was drawn from and is drawn again only if that changed.
 
     def _redraw(self, change: Any = None) -> None:
-        with self._lock:
+        with self.session.lock:
             trace = self.session.trace
-            if trace is None or not trace.length or self.session.layer not in [x.layer for x in trace.layers]:
-                label = "nothing recorded yet" if trace is None else html.escape(trace.label)
-                self.title.value = TITLE.format("Attention", f"{label}: waiting for the first step")
+            if not trace.length or self.session.layer not in [x.layer for x in trace.layers]:
+                self.title.value = TITLE.format(html.escape(trace.label), "waiting for the first step")
+                self.body.layout.display, self._drawn = "none", {}
                 return
+            self.body.layout.display = None
             record = trace.layer(self.session.layer)
+            self._carry_over(record)
             head: Head = self.session.head
             if isinstance(head, int) and not 0 <= head < record.heads:
                 head = "max"  # chosen in a layer or model with more heads
@@ -199,8 +200,8 @@ class AttentionExplorer(ipw.VBox):
             self._sync_controls(trace, record, head, token)
             self._draw("pictures", (*self._progress(trace), record.layer), self._draw_pictures, trace, record)
             self._draw("thumbnails", (self._drawn["pictures"], head), self._draw_thumbnails, record, head)
-            self._draw("map", (trace, record.layer, head, view, self._zoom), self._draw_map, trace, record, head, view)
-            self._draw("mark", (self._drawn["map"], token), self._draw_mark, token)
+            self._draw("map", (trace, record.layer, head, view, self._zoom), self._draw_map, trace, record, head, token)
+            self._draw("mark", (self.tile, token), lambda: self.map.show(mark=self._mark(token)))
             self._draw(
                 "readout", (trace, record.layer, head, view, token, self._at), self._draw_readout, trace, record, head, token
             )
@@ -217,6 +218,24 @@ class AttentionExplorer(ipw.VBox):
         if self.session.run is None or self.session.state in FINAL_STATES:
             return (trace,)
         return self.session.run, trace.length.bit_length(), trace.length * 8 >> trace.length.bit_length()
+
+    def _carry_over(self, record: LayerTrace) -> None:
+        """Keep zoom and cross-hair at their place in the text: entry columns move as the trace grows."""
+        old = None if self.tile is None else self.tile.layer
+        if old is None or old is record:
+            return
+        if record.length < old.length or record.ratio != old.ratio:  # another run, or other columns
+            self._zoom = self._at = None
+            return
+
+        def moved(column: int) -> int:
+            return column + (record.length - old.length if column >= old.length else 0)
+
+        if self._zoom is not None:
+            rows, (start, stop) = self._zoom
+            self._zoom = rows, (moved(start), moved(stop - 1) + 1)
+        if self._at is not None:
+            self._at = self._at[0], moved(self._at[1])
 
     def _sync_controls(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         self._syncing = threading.get_ident()
@@ -242,7 +261,8 @@ class AttentionExplorer(ipw.VBox):
         buttons += [_button("head", h, f"head {h}" if isinstance(h, int) else f"{h}", png, h == head) for h, png in heads]
         self.thumbnails.show(html=f"{_THUMBNAIL_CSS}<div class='wb-thumbs'>{''.join(buttons)}</div>")
 
-    def _draw_map(self, trace: Trace, record: LayerTrace, head: Head, view: str) -> None:
+    def _draw_map(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
+        view = self.view.value
         rows, columns = self._zoom or whole_ranges(record, view)
         make = composite_tile if view == "composite" else attention_tile
         tile = self.tile = make(trace, record.layer, head, rows, columns, TILE_PIXELS)
@@ -262,6 +282,7 @@ class AttentionExplorer(ipw.VBox):
         self.map.show(
             png=tile.png,
             cross=list(tile.cell(*at)) if at is not None and inside else [],
+            mark=self._mark(token),
             rows=tile.values.shape[0],
             columns=tile.values.shape[1],
             width=width,
@@ -273,11 +294,13 @@ class AttentionExplorer(ipw.VBox):
             upright=upright,
             label=f"Attention map of {what}. Arrow keys move the cross-hair, Enter chooses its query, plus and minus zoom.",
         )
+        self._drawn["mark"] = (tile, token)
 
-    def _draw_mark(self, token: int) -> None:
+    def _mark(self, token: int) -> int:
+        """The row of cells that holds the chosen query, -1 if it is not on the map."""
         assert self.tile is not None
         start, stop = self.tile.row_range
-        self.map.show(mark=(token - start) // self.tile.pooling[0] if start <= token < stop else -1)
+        return (token - start) // self.tile.pooling[0] if start <= token < stop else -1
 
     def _draw_readout(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         row, column = self._at or (token, -1)

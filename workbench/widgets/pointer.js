@@ -88,7 +88,7 @@ function picture(model, root) {
       if (model.get("png") !== shown) at = cell.length ? [...cell] : null;
       cross();
       const png = model.get("png");
-      if (png === shown) return done();
+      if (png === shown) return image.complete ? done() : image.addEventListener("load", done, { once: true });
       shown = png;
       const old = url;
       url = URL.createObjectURL(new Blob([png], { type: "image/png" }));
@@ -137,7 +137,7 @@ export default {
     const view = model.get("mode") === "picture" ? picture(model, root) : text(model, root);
     const draw = () => {
       const sequence = model.get("sequence");
-      view.draw(() => { root.dataset.sequence = sequence; });
+      view.draw(() => { root.dataset.sequence = Math.max(sequence, root.dataset.sequence ?? 0); });
     };
     model.on("change:sequence", draw);
     draw();

@@ -46,9 +46,8 @@ class Pointer(anywidget.AnyWidget):
 .wb-mark {left: 0; right: 0; height: 0; background: none; border-top: 1px dashed #cc79a7}
 .wb-box [hidden] {display: none}
 .wb-row-title {grid-column: 1; grid-row: 1; writing-mode: vertical-rl; transform: rotate(180deg); text-align: center}
-.wb-row-labels {grid-column: 2; grid-row: 1; position: relative; min-width: 3.2em; width: max-content}
+.wb-row-labels {grid-column: 2; grid-row: 1; position: relative}
 .wb-row-labels span {position: absolute; right: 5px; transform: translateY(-50%); white-space: pre; line-height: 1}
-.wb-row-labels:has(span:nth-child(12)) {min-width: 9em}
 .wb-column-labels {grid-column: 3; grid-row: 2; position: relative; height: 1.5em}
 .wb-column-labels span {position: absolute; top: 4px; transform: translateX(-50%); white-space: pre; line-height: 1}
 .wb-upright span {writing-mode: vertical-rl}

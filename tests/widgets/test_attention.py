@@ -1,0 +1,255 @@
+"""AttentionExplorer without a browser: what a control, a message of the page or a live run changes, and what stays."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as ipw
+import numpy as np
+import pytest
+
+from tests.synthetic import synthetic_trace
+from tests.widgets.fakes import FakeRun, eventually
+from workbench.figures.attention import attention_tile, composite_tile, top_sources
+from workbench.trace import Trace
+from workbench.widgets import attention
+from workbench.widgets.attention import AttentionExplorer, painted_column, ticks, zoomed
+from workbench.widgets.render import CHART_MIME
+
+TRACE = synthetic_trace(97, seed=11, needle=21)
+NO_BUFFERS: list[Any] = []
+VIEW_BYTES = 250_000
+
+
+@pytest.fixture
+def explorer() -> AttentionExplorer:
+    widget = AttentionExplorer(synthetic_trace(97, seed=11, needle=21))
+    widget.layer.value = 1
+    return widget
+
+
+def from_page(part: ipw.DOMWidget, **message: Any) -> None:
+    """What the page sends when somebody points, clicks or presses a key."""
+    part._handle_custom_msg(message, NO_BUFFERS)
+
+
+def walk(widget: Any) -> list[Any]:
+    return [widget, *(below for child in getattr(widget, "children", ()) for below in walk(child))]
+
+
+def pressed(widget: AttentionExplorer) -> list[str]:
+    return re.findall(r"data-token='([^']*)' aria-pressed='true'", widget.thumbnails.html)
+
+
+def test_the_map_is_the_tile_of_the_chosen_layer_and_head(explorer):
+    explorer.head.value = 2
+    expected = attention_tile(explorer.session.trace, 1, 2, max_pixels=attention.TILE_PIXELS)
+    assert explorer.map.png == expected.png and (explorer.map.rows, explorer.map.columns) == expected.values.shape
+
+
+@pytest.mark.parametrize(("view", "columns"), [("both", (0, 121)), ("entries", (97, 121)), ("window", (0, 97))])
+def test_a_view_chooses_the_columns(explorer, view, columns):
+    explorer.view.value = view
+    assert explorer.tile.column_range == columns and explorer.tile.row_range == (0, 97)
+
+
+def test_the_composite_view_has_the_token_axis(explorer):
+    explorer.view.value = "composite"
+    np.testing.assert_array_equal(explorer.tile.values, composite_tile(explorer.session.trace, 1).values)
+    assert explorer.map.columns == 97 and "painted" in explorer.map.column_title
+
+
+def test_a_layer_without_entries_shows_its_window_and_says_so(explorer):
+    explorer.view.value = "entries"
+    explorer.layer.value = 0
+    assert explorer.tile.column_range == (0, 97) and "no compressed entry" in explorer.title.value
+
+
+def test_a_thumbnail_chooses_layer_and_head(explorer):
+    from_page(explorer.thumbnails, type="click", token="layer:2")
+    from_page(explorer.thumbnails, type="click", token="head:0")
+    assert (explorer.session.layer, explorer.session.head) == (2, 0)
+    assert (explorer.layer.value, explorer.head.value) == (2, 0) and pressed(explorer) == ["layer:2", "head:0"]
+    from_page(explorer.thumbnails, type="click", token="head:max")
+    assert explorer.session.head == "max"
+
+
+def test_hovering_reads_out_the_cell_and_changes_nothing_else(explorer):
+    entry = top_sources(explorer.session.trace, 1, "max", 90, 1)[0]
+    before = explorer.map.sequence, explorer.text.sequence, explorer.strip.outputs, explorer.session.token
+    from_page(explorer.map, type="hover", row=90, column=entry["column"])
+    assert f"compressed entry {entry['entry']}, tokens 16–23" in explorer.readout.value
+    assert (
+        f"probability {entry['probability']:.3g}" in explorer.readout.value and "rank 1 of 22, kept" in explorer.readout.value
+    )
+    assert (explorer.map.sequence, explorer.text.sequence, explorer.strip.outputs, explorer.session.token) == before
+
+
+def test_hovering_the_composite_view_names_the_entry_behind_a_token(explorer):
+    explorer.view.value = "composite"
+    from_page(explorer.map, type="hover", row=90, column=21)
+    assert "compressed entry 5, tokens 16–23" in explorer.readout.value
+    assert painted_column(explorer.tile.layer, "max", 90, 90) == 90
+
+
+def test_clicking_the_map_chooses_the_query_everywhere(explorer):
+    from_page(explorer.map, type="click", row=71, column=3)
+    assert explorer.session.token == explorer.token.value == explorer.map.mark == 71 and not explorer.session.follow
+    assert "query token 71" in explorer.figure.layout.title.text and "token 71 looks" in explorer.text.html
+    chart = explorer.strip.outputs[0]["data"][CHART_MIME]
+    assert "query token 71" in chart["layout"]["title"]["text"]
+
+
+def test_a_token_of_the_text_can_be_clicked_and_walked_from(explorer):
+    from_page(explorer.text, type="click", token="60")
+    from_page(explorer.text, type="move", by=1)
+    assert explorer.session.token == 61
+    from_page(explorer.text, type="click", token="96")
+    from_page(explorer.text, type="move", by=1)
+    assert explorer.session.token == 96  # the last one
+
+
+def test_choosing_a_token_redraws_neither_map_picture_nor_thumbnails(explorer):
+    picture, thumbs, sequence = explorer.map.png, explorer.thumbnails.sequence, explorer.map.sequence
+    explorer.token.value = 40
+    assert explorer.map.png is picture and explorer.thumbnails.sequence == thumbs
+    assert explorer.map.sequence == sequence + 1 and explorer.map.mark == 40
+
+
+def test_choosing_the_same_again_draws_nothing(explorer):
+    before = explorer.map.sequence, explorer.text.sequence, explorer.thumbnails.sequence
+    explorer.session.layer = explorer.session.layer
+    explorer._redraw()
+    assert (explorer.map.sequence, explorer.text.sequence, explorer.thumbnails.sequence) == before
+
+
+def test_two_explorers_of_one_trace_move_together(explorer):
+    other = AttentionExplorer(explorer.session.trace)
+    from_page(other.text, type="click", token="33")
+    assert explorer.map.mark == other.map.mark == 33
+    other.close()
+    explorer.token.value = 50
+    assert other.map.mark == 33
+
+
+def test_zooming_keeps_the_place_pointed_at_and_goes_back(explorer):
+    whole = explorer.map.png
+    from_page(explorer.map, type="hover", row=90, column=100)
+    for _ in range(2):
+        from_page(explorer.map, type="zoom", by=1, row=explorer.tile.cell(90, 100)[0], column=explorer.tile.cell(90, 100)[1])
+    assert explorer.tile.values.shape == (25, 31) and explorer.tile.row_range[1] == 97
+    assert tuple(explorer.map.cross) == explorer.tile.cell(90, 100)
+    assert explorer.map.row_labels[-1][1].startswith("96 ")  # large cells carry their token's text
+    zoom_out, whole_map = explorer.zoom_buttons[1:]
+    zoom_out.click()
+    assert explorer.tile.values.shape == (50, 62)
+    whole_map.click()
+    assert explorer.map.png == whole
+
+
+def test_a_zoom_stays_inside_what_there_is():
+    assert zoomed((0, 97), (0, 97), 0, 1) == (0, 49) and zoomed((0, 97), (0, 97), 96, 1) == (48, 97)
+    assert zoomed((48, 97), (0, 97), 50, -1) == (0, 97) and zoomed((5, 6), (0, 97), 5, 1) == (5, 6)
+
+
+@pytest.mark.parametrize("length", [1, 7, 97, 1999, 131072])
+def test_axes_have_few_round_ticks_inside_the_map(length):
+    for start, stop in ((0, length), (0, length + length // 4), (length, length + length // 4)):
+        if start < stop:
+            found = ticks(start, stop, length)
+            assert 1 <= len(found) <= attention.TICKS + 2 and all(start <= at < stop for at in found)
+            assert len(set(found)) == len(found)
+
+
+def test_layer_changes_and_shorter_layers_reset_what_no_longer_fits(explorer):
+    explorer.view.value = "entries"
+    from_page(explorer.map, type="hover", row=96, column=23)
+    explorer.zoom_buttons[0].click()
+    explorer.layer.value = 2  # HCA has other, fewer columns
+    assert explorer.tile.column_range == (97, 103) and "Point at the map" in explorer.readout.value
+
+
+def test_markup_in_tokens_is_escaped_in_every_view(explorer):
+    trace = explorer.session.trace
+    hostile = next(t for t, text in enumerate(trace.token_texts[:97]) if "<b>" in text)
+    from_page(explorer.map, type="click", row=hostile, column=hostile)
+    assert "&lt;b&gt;" in explorer.readout.value
+    for shown in (explorer.readout.value, explorer.text.html, explorer.title.value, explorer.figure.layout.title.text):
+        assert "<b>bold" not in shown
+
+
+def test_the_title_says_model_origin_layer_and_pooling():
+    widget = AttentionExplorer(synthetic_trace(1999, seed=12))
+    widget.layer.value = 1
+    assert "synthetic-v4 (random numbers, for tests), measured on CPU" in widget.title.value
+    assert "a cell is the maximum of 4 queries x 5 columns" in widget.title.value
+
+
+def test_every_control_has_a_description_and_every_map_a_label(explorer):
+    controls = [w for w in walk(explorer) if isinstance(w, (ipw.Dropdown, ipw.BoundedIntText, ipw.Button))]
+    assert len(controls) == 7 and all(control.description for control in controls)
+    assert all(part.label for part in (explorer.map, explorer.text, explorer.thumbnails))
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_all_that_is_sent_for_a_long_trace_is_small(layer):
+    widget = AttentionExplorer(synthetic_trace(2999, seed=13, window=61, hca_ratio=8, topk=23))
+    widget.layer.value, widget.token.value = layer, 2500
+    widget.view.value = "composite"
+    sent = len(widget.map.png) + len(widget.text.html.encode()) + len(widget.thumbnails.html)
+    assert sent + len(json.dumps(widget.strip.outputs)) <= VIEW_BYTES
+
+
+def test_the_script_stays_a_few_kilobytes():
+    assert (Path(attention.__file__).parent / "pointer.js").stat().st_size < 9_000
+
+
+def test_a_live_run_appears_step_by_step_and_the_chosen_query_stays():
+    first, later = synthetic_trace(53, seed=14), synthetic_trace(97, seed=14)
+    run = FakeRun(first)
+    widget = AttentionExplorer(run)
+    widget.layer.value = 1
+    assert widget.map.mark == 52  # follows the newest token
+    from_page(widget.map, type="hover", row=50, column=53 + 7)
+    run.becomes(trace=later)
+    eventually(lambda: widget.map.rows == 97 and "token 96 looks" in widget.text.html, "the longer trace is drawn")
+    assert widget.map.mark == 96 and "compressed entry 7," in widget.readout.value  # columns moved, the entry did not
+    widget.token.value = 30
+    run.becomes(trace=synthetic_trace(101, seed=14), state="done")
+    eventually(lambda: widget.map.rows == 101, "the last snapshot is drawn")
+    assert widget.map.mark == 30
+
+
+def test_an_explorer_waits_for_the_first_step():
+    empty = Trace("synthetic-v4", "toy", "CPU", {}, np.zeros(0, np.int32), (), 0)
+    run = FakeRun(empty)
+    widget = AttentionExplorer(run)
+    assert "waiting" in widget.title.value and widget.body.layout.display == "none"
+    run.becomes(trace=synthetic_trace(29), state="done")
+    eventually(lambda: widget.map.rows == 29 and widget.session.state == "done", "the first trace is drawn")
+    assert widget.body.layout.display is None and "waiting" not in widget.title.value
+
+
+def test_choices_during_a_live_run_are_neither_lost_nor_deadlocked():
+    run = FakeRun(synthetic_trace(41, seed=15))
+    widgets = [AttentionExplorer(run), AttentionExplorer(run)]
+    traces = [synthetic_trace(n, seed=15) for n in range(42, 60)]
+
+    def grow() -> None:
+        for trace in traces:
+            run.becomes(trace=trace)
+
+    growing = threading.Thread(target=grow)
+    growing.start()
+    for t in range(20):
+        from_page(widgets[t % 2].text, type="click", token=str(t))
+        widgets[t % 2].layer.value = t % 4
+    growing.join(timeout=30)
+    run.becomes(state="done")
+    eventually(lambda: widgets[0].map.rows == 59 and widgets[0].session.state == "done", "the last trace is drawn")
+    for widget in widgets:
+        assert (widget.session.token, widget.map.mark, widget.layer.value) == (19, 19, 3)
