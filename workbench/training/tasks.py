@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics as _topics
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -30,6 +31,7 @@ melon noodle oyster peach rose
 """
 KEYS = tuple(_WORDS.split())
 VALUES = tuple(str(n) for n in range(10, 100))
+SHORT = f" code {KEYS[0]} {VALUES[0]}."
 SLOT = 8  # tokens of text in a filler slot
 FAR, FAR_SHARE = 24, 0.75  # tokens beyond the tiny models' window; share of questions that reach beyond it where any can
 HELD_OUT = 12  # about one in twelve topics and modules is never trained on
@@ -141,6 +143,14 @@ class RecallBatch:
     needle_position: np.ndarray
 
 
+class Form(NamedTuple):
+    """A way to say a needle: its tokens, and where the key and the value stand in them."""
+
+    ids: np.ndarray
+    key_at: int
+    value_at: int
+
+
 class RecallStream:
     """Makes batches of text with needles and questions; everything follows from the generator given."""
 
@@ -152,16 +162,22 @@ class RecallStream:
         write_prob: float = 0.25,
         read_prob: float = 0.5,
         reread: bool = True,
+        short_share: float = 0.0,
     ) -> None:
-        """``reread=False`` asks for each key once, so that a question has one needle only."""
+        """``reread=False`` asks for each key once, so that a question has one needle only.
+
+        ``short_share`` of the sentences are said in short (" code apple 37."), where the value follows its key at once: finding
+        the key is learned there first, and carries over to the whole sentence.
+        """
         one = lambda text: tokenizer.encode(text).ids  # noqa: E731
         self.text = np.asarray(text_ids, np.int64)
         self.write_prob, self.read_prob, self.reread = write_prob, read_prob, reread
         self.keys = np.array([one(f" {k}")[0] for k in KEYS])
         self.values = np.array([one(f" {v}")[0] for v in VALUES])
-        self.sentence = np.array(one(needle(KEYS[0], VALUES[0])))  # key third from the value, value before the full stop
-        self.key_at, self.value_at = 3, 5
-        if len(self.sentence) != 7:
+        # Each form with the places of its key and value.
+        self.forms = (Form(np.array(one(needle(KEYS[0], VALUES[0]))), 3, 5), Form(np.array(one(SHORT)), 1, 2))
+        self.short_share = short_share
+        if [len(form.ids) for form in self.forms] != [7, 4]:
             raise InputError("this tokenizer splits the needle sentence; use one made by train_tokenizer")
 
     def batch(self, rng: np.random.Generator, batch_size: int, length: int) -> RecallBatch:
@@ -178,13 +194,13 @@ class RecallStream:
         return cls(tokenizer, text_ids, write_prob=0.3, read_prob=0.15, reread=False)
 
     def _sequence(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, ...]:
-        slots = length // len(self.sentence) + 2
+        slots = length // min(len(form.ids) for form in self.forms) + 2
         kinds = rng.random(slots)
         keys = rng.permutation(len(self.keys))
         values = self.values[rng.integers(len(self.values), size=slots)]
-        picks = rng.random((slots, 2))
+        picks = rng.random((slots, 3))
         text_at = int(rng.integers(max(1, len(self.text) - length - SLOT)))
-        total = slots * max(SLOT, len(self.sentence))
+        total = slots * max(SLOT, *(len(form.ids) for form in self.forms))
         ids, text = np.zeros(total, np.int64), np.zeros(total, bool)
         read, twin = np.zeros(total, bool), np.full(total, -1, np.int64)
         written: list[list[int]] = []  # key, value, where the value stood last
@@ -206,16 +222,17 @@ class RecallStream:
                 text[at : at + SLOT] = True
                 text_at, at = text_at + SLOT, at + SLOT
                 continue
-            end = at + len(self.sentence)
-            ids[at:end] = self.sentence
-            ids[at + self.key_at], ids[at + self.value_at] = record[:2]
+            form = self.forms[int(picks[slot, 2] < self.short_share)]
+            end = at + len(form.ids)
+            ids[at:end] = form.ids
+            ids[at + form.key_at], ids[at + form.value_at] = record[:2]
             if is_read:
-                read[at + self.value_at - 1] = True
-                twin[at + self.value_at - 1] = record[2]
+                read[at + form.value_at - 1] = True
+                twin[at + form.value_at - 1] = record[2]
                 if not self.reread:
                     written.remove(record)
                     asked += 1
-            record[2] = at + self.value_at
+            record[2] = at + form.value_at
             at = end
         ids, text, read, twin = ids[:length], text[:length], read[:length], twin[:length]
         text_pairs = np.append(text[:-1] & text[1:], False)

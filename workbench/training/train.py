@@ -192,7 +192,7 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     parts = optimisers(model, recipe)
     base_rates = [[group["lr"] for group in part.param_groups] for part in parts]
     streams = (
-        tasks.RecallStream(data.tokenizer, data.train_ids),
+        tasks.RecallStream(data.tokenizer, data.train_ids, short_share=recipe.short_share),
         tasks.RecallStream.asked_once(data.tokenizer, data.train_ids),
     )
     step, curve, cpu_before = (0, [], 0.0) if fresh else _resume(out, recipe, model, parts)

@@ -48,8 +48,11 @@ class Session(tl.HasTraits):
         self.lock = threading.RLock()
         if isinstance(source, Trace):
             self.show(source)
+            if source.length:  # open where the prompt ends: that query is the one somebody asked
+                self.choose_token(max(0, source.prompt_length - 1))
         else:
             self.attach(source)
+        self.layer = next((x.layer for x in self.trace.layers if x.kind == "csa"), self.layer)
 
     def show(self, trace: Trace) -> None:
         """Publish a snapshot; the chosen token, layer and step are moved only if it does not have them."""
