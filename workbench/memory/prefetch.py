@@ -62,6 +62,9 @@ class RowFetcher:
     def __init__(self) -> None:
         self._worker: ThreadPoolExecutor | None = None
 
+    def __deepcopy__(self, memo: object) -> RowFetcher:  # a copied model gets a worker of its own
+        return RowFetcher()
+
     def start(self, layer: int, hash_rows: Callable[[], Tensor], gather: Callable[[Tensor], Tensor], policy: str) -> Fetch:
         if policy not in POLICIES:
             raise InputError(f"prefetch policy {policy!r} is unknown; choose one of {POLICIES}")

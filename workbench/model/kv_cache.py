@@ -25,16 +25,18 @@ class GrowingRows:
 
     def __init__(self, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows = torch.empty(batch, 0, width, dtype=dtype, device=device)
+        self._row_bytes = batch * width * self._rows.element_size()
         self.length = 0
 
     def append(self, rows: Tensor) -> None:
         needed = self.length + rows.shape[1]
         if needed > self._rows.shape[1]:
             capacity = max(needed, FIRST_ROWS, int(GROWTH * self._rows.shape[1]))
-            grown = self._rows.new_empty(self._rows.shape[0], capacity, self._rows.shape[2])
+            with torch.inference_mode(False):  # a cache filled in inference mode may be used outside it
+                grown = self._rows.new_empty(self._rows.shape[0], capacity, self._rows.shape[2])
             grown[:, : self.length] = self._rows[:, : self.length]
             self._rows = grown
-        self._rows[:, self.length : needed] = rows
+        self._rows[:, self.length : needed] = rows.detach()  # a cache must not keep one call's graph alive in the next
         self.length = needed
 
     @property
@@ -43,11 +45,11 @@ class GrowingRows:
 
     @property
     def nbytes(self) -> int:
-        return self.rows.numel() * self._rows.element_size()
+        return self.length * self._row_bytes
 
     @property
     def nbytes_allocated(self) -> int:
-        return self._rows.numel() * self._rows.element_size()
+        return self._rows.shape[1] * self._row_bytes
 
 
 class WindowRing:
@@ -55,6 +57,7 @@ class WindowRing:
 
     def __init__(self, batch: int, window: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self._ring = torch.empty(batch, window, width, dtype=dtype, device=device)
+        self._row_bytes = batch * width * self._ring.element_size()
         self.length = 0  # tokens seen
 
     @property
@@ -70,16 +73,16 @@ class WindowRing:
         window, count = self._ring.shape[1], keys.shape[1]
         kept = min(count, window)
         slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
-        self._ring[:, slots] = keys[:, count - kept :].to(self._ring.dtype)
+        self._ring[:, slots] = keys[:, count - kept :].detach().to(self._ring.dtype)
         self.length += count
 
     @property
     def nbytes(self) -> int:
-        return self.held * self._ring[:, 0].numel() * self._ring.element_size()
+        return self.held * self._row_bytes
 
     @property
     def nbytes_allocated(self) -> int:
-        return self._ring.numel() * self._ring.element_size()
+        return self._ring.shape[1] * self._row_bytes
 
 
 class BlockTail:
@@ -93,6 +96,7 @@ class BlockTail:
         self.ratio = ratio
         self._open = torch.zeros(2, batch, ratio, width, device=device)  # values, scores
         self._overlap = torch.zeros(2, batch, ratio, overlap, device=device)
+        self._row_bytes, self._overlap_bytes = 2 * batch * width * 4, self._overlap.numel() * 4
         self._overlap[1] = -torch.inf  # before the first block there is nothing to look back at
         self.count = 0  # open tokens
         self.blocks = 0  # finished blocks
@@ -108,19 +112,18 @@ class BlockTail:
     def keep(self, rest: Tensor, last_block: Tensor | None, finished: int) -> None:
         """rest [2, B, r, width] becomes the open block; last_block [2, B, R, overlap] the new look-back."""
         self.count = rest.shape[2]
-        self._open[:, :, : self.count] = rest
+        self._open[:, :, : self.count] = rest.detach()
         if last_block is not None:
-            self._overlap.copy_(last_block)
+            self._overlap.copy_(last_block.detach())
         self.blocks += finished
 
     @property
     def nbytes(self) -> int:
-        overlap = self._overlap.numel() if self.blocks else 0
-        return (self.open.numel() + overlap) * 4
+        return self.count * self._row_bytes + (self._overlap_bytes if self.blocks else 0)
 
     @property
     def nbytes_allocated(self) -> int:
-        return (self._open.numel() + self._overlap.numel()) * 4
+        return self.ratio * self._row_bytes + self._overlap_bytes
 
 
 class LayerCache:
@@ -152,11 +155,9 @@ class EngramState:
     def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
         assert config.engram is not None
         self.lookback = config.engram.max_ngram_size - 1
-        self.conv_length = config.engram.conv_state_length
         self.ids = torch.zeros(batch, 0, dtype=torch.int64)  # on the host, where rows are hashed
         width = config.hc_mult * config.hidden_size
         self.conv = {layer: torch.zeros(batch, 0, width, device=device) for layer in config.engram.layer_ids}
-        self._full = self.lookback * batch * 8 + len(self.conv) * batch * self.conv_length * width * 4
 
     @property
     def nbytes(self) -> int:
@@ -176,13 +177,15 @@ class KVCache:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
         self.batch_size, self.storage = batch_size, storage
-        self.layers = [LayerCache(config, kind, batch_size, STORAGE[storage], device) for kind in config.layer_kinds]
-        self.engram = EngramState(config, batch_size, device) if config.engram else None
+        with torch.inference_mode(False):
+            self.layers = [LayerCache(config, kind, batch_size, STORAGE[storage], device) for kind in config.layer_kinds]
+            self.engram = EngramState(config, batch_size, device) if config.engram else None
         self.length = 0  # tokens held; set when a call of the model has gone through all layers
+        self.whole = True  # False while a call is under way, and for good if it breaks off
 
     def check_whole(self) -> None:
         """Raises WorkbenchError if an interrupted call left some layers ahead of others."""
-        if any(layer.window.length != self.length for layer in self.layers):
+        if not self.whole:
             raise WorkbenchError(
                 "this cache was left half-filled by an interrupted call; make a new one with model.new_cache()"
             )

@@ -58,7 +58,7 @@ class Block(nn.Module):
         past = memory.conv[self.layer] if memory else None
         x, keep = self.engram(x, lookup.rows, lookup.memory.to(x), past)
         if memory:
-            memory.conv[self.layer] = keep.detach()
+            memory.conv[self.layer] = keep.detach().to(torch.float32, copy=True)  # a view would keep the whole call alive
         return x
 
 
@@ -126,6 +126,8 @@ class V4Model(nn.Module):
         start = cache.length if cache is not None else 0
         self._check(ids, cache, start, logits, topk, prefetch)
         ids = ids.to(self.device)
+        if cache is not None:
+            cache.whole = False  # until every layer has taken in the new tokens
         fetches = self._start_lookups(ids, cache, prefetch)
         positions = torch.arange(start, start + ids.shape[1], device=self.device)
         at = Positions(start, self.window_rotary(positions), self.compressed_rotary(positions), topk)
@@ -135,6 +137,7 @@ class V4Model(nn.Module):
             x = block(x, ids, at, cache.layers[layer] if cache is not None else None, fetches.get(layer), memory)
         if cache is not None:
             cache.length += ids.shape[1]
+            cache.whole = True
         if logits == "last":
             x = x[:, -1:]
         return self.head(self.norm(self.hc_head(x))).float()

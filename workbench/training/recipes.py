@@ -32,7 +32,7 @@ class Recipe:
     engram: bool = False
     vocab_size: int = 1536
     plain_share: float = 0.25  # of the sequences of a batch, text without needles
-    short_share: float = 0.5  # of the needles in the other streams, said in short
+    short_share: float = 0.3  # of the needles in the other streams, said in short
     once_share: float = 0.25  # and streams that ask for each key once, over all distances
     muon_lr: float = 1e-2
     adam_lr: float = 5e-3
