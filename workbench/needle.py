@@ -1,7 +1,7 @@
 """Hide a needle: a sentence with a code somewhere in a long text, the question at its end, and what the model made of it.
 
 Everything here reads a model or a trace; nothing draws. The sentence is the one the shipped models were trained on, see
-training/tasks.py.
+training/tasks.py; any other wording can be tried, too.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from workbench.errors import InputError
 from workbench.live import encode
 from workbench.model.transformer import V4Model
+from workbench.runtime import device_name
 from workbench.trace import Trace
 from workbench.training import score, tasks
 
 MAX_TOKENS = 4096
+SENTENCE, QUESTION = tasks.needle("{key}", "{value}"), tasks.question("{key}")
 SAMPLE_TEXT = Path(__file__).parent / "assets" / "heldout.txt"
+STREAM_TOKENS = 256  # of the held-out streams that rates are taken on
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,13 @@ class Needle:
     position: int
     key: str
     value: str
+    value_ids: tuple[int, ...]  # the tokens a right answer has
 
     @property
     def notes(self) -> dict[str, Any]:
         """What a trace remembers of it."""
-        return {"needle": {"position": self.position, "key": self.key, "value": self.value}}
+        told = {"position": self.position, "key": self.key, "value": self.value, "value_ids": list(self.value_ids)}
+        return {"needle": told}
 
 
 def sample_text() -> str:
@@ -44,19 +50,34 @@ def sample_text() -> str:
 
 
 def hide_needle(
-    model: V4Model, text: str, key: str = "apple", value: str = "37", depth: float = 0.5, tokens: int | None = None
+    model: V4Model,
+    text: str,
+    key: str = "apple",
+    value: str = "37",
+    depth: float = 0.5,
+    tokens: int | None = None,
+    *,
+    sentence: str = SENTENCE,
+    question: str = QUESTION,
 ) -> Needle:
     """Put " The code of KEY is VALUE." into ``text`` at ``depth`` (0 start, 1 end) and ask for it at the end.
 
-    ``tokens`` cuts the text so that the whole prompt has at most that many; without it, a prompt beyond 4,096 tokens raises
-    InputError. So do an empty key or value and a depth outside 0..1.
+    ``sentence`` and ``question`` say it in other words; they name {key} and {value}. ``tokens`` cuts the text so that the whole
+    prompt has at most that many; without it, a prompt beyond 4,096 tokens raises InputError. So do an empty key or value, a
+    depth outside 0..1 and a sentence without {value}.
     """
-    if not key.strip() or not value.strip():
+    key, value = key.strip(), value.strip()
+    if not key or not value:
         raise InputError("give the needle a key and a value, such as 'apple' and '37'")
     if not 0 <= depth <= 1:
         raise InputError(f"depth must lie between 0 (start) and 1 (end), got {depth}")
-    record, asked = encode(model, tasks.needle(key.strip(), value.strip())), encode(model, tasks.question(key.strip()))
-    room = (tokens or MAX_TOKENS) - len(record) - len(asked)
+    if "{value}" not in sentence:
+        raise InputError(f"the sentence must say {{value}} where the code goes, got {sentence!r}")
+    before, after = (part.replace("{key}", key) for part in sentence.split("{value}", 1))
+    record, asked = encode(model, before + value + after), encode(model, question.replace("{key}", key))
+    ends = [end for _, end in model.tokenizer.encode(before + value + after).offsets]  # type: ignore[union-attr]
+    holds = [i for i, end in enumerate(ends) if len(before) < end <= len(before + value)]  # record tokens that spell the value
+    room = (MAX_TOKENS if tokens is None else tokens) - len(record) - len(asked)
     filler = encode(model, text) if text else []
     if tokens is not None:
         filler = filler[: max(0, room)]
@@ -64,70 +85,128 @@ def hide_needle(
         most = max(0, room)
         raise InputError(f"the text has {len(filler)} tokens, and with the needle at most {most} fit; cut it with tokens=")
     cut = round(depth * len(filler))
-    before_value = len(encode(model, tasks.question(key.strip())))
     ids = (*filler[:cut], *record, *filler[cut:], *asked)
-    return Needle(ids, cut + before_value, key.strip(), value.strip())
+    return Needle(ids, cut + holds[0], key, value, tuple(record[i] for i in holds))
 
 
 def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     """How a finished or running trace answered: the answer, and per CSA layer whether the needle's entry was kept, and why.
 
-    A value's token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1 among all
-    visible entries by index score; ``chance`` is the probability that as many random entries contain one of the two.
+    A value's first token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1
+    among all visible entries by index score, None while the needle is too near to be in a finished entry; ``chance`` is the
+    probability that as many random entries contain one of the two. Raises InputError for a trace without a needle.
     """
     notes = trace.notes.get("needle") if needle is None else needle.notes["needle"]
-    if not notes:
+    if not isinstance(notes, dict) or not {"position", "value", "value_ids"} <= notes.keys():
         raise InputError("this trace has no needle; make the prompt with wb.hide_needle")
-    position, asked = int(notes["position"]), trace.prompt_length - 1
+    asked = trace.prompt_length - 1
     layers: list[dict[str, Any]] = []
     for layer in trace.layers:
         if layer.kind != "csa" or trace.length <= asked or layer.selected is None:
             continue
         scores, kept = layer.index_scores(asked), layer.selected[asked]
-        kept = kept[kept >= 0]
-        right = [e for e in (position // layer.ratio, position // layer.ratio + 1) if e < len(scores)]
-        rank = min(1 + int((scores > scores[e]).sum()) for e in right)
-        found = [e for e in right if e in kept]
-        probs = layer.selected_probs[asked].astype(np.float32) if layer.selected_probs is not None else np.zeros((1, 0))
-        columns = [int(np.flatnonzero(layer.selected[asked] == e)[0]) for e in found]
-        mass = float(probs[:, columns].sum(1).max()) if columns else 0.0
-        unlucky = math.prod((len(scores) - len(right) - i) / (len(scores) - i) for i in range(len(kept)))
+        block = int(notes["position"]) // layer.ratio
+        right = [e for e in (block, block + 1) if e < len(scores)]
+        columns = np.flatnonzero(np.isin(kept, right)).tolist()
+        heads = layer.selected_probs[asked].astype(np.float32) if layer.selected_probs is not None else np.zeros((1, len(kept)))
         layers.append(
             {
                 "layer": layer.layer,
                 "entries": right,
                 "visible": len(scores),
-                "kept": len(kept),
-                "found": bool(found),
-                "rank": rank,
-                "best_head_probability": mass,
-                "chance": float(1 - max(0.0, unlucky)),
+                "kept": int((kept >= 0).sum()),
+                "found": bool(columns),
+                "rank": min((1 + int((scores > scores[e]).sum()) for e in right), default=None),
+                "best_head_probability": float(heads[:, columns].sum(1).max()) if columns else 0.0,
+                "chance": chance(len(scores), int((kept >= 0).sum()), len(right)),
             }
         )
-    step = trace.step_of_token(asked) if trace.steps else -1
-    answered = step >= 0 and trace.length > asked and len(trace.top_ids) > step and len(trace.token_texts) > asked + 1
-    answer = trace.token_texts[asked + 1].strip() if answered else None
-    return {"expected": notes["value"], "answer": answer, "right": answer == notes["value"], "layers": layers}
+    step = trace.step_of_token(asked) if trace.steps and trace.length > asked else len(trace.next_ids)
+    expected = [int(i) for i in notes["value_ids"]]
+    chosen = [int(i) for i in trace.next_ids[step:] if i >= 0][: len(expected)]
+    answer = "".join(trace.token_texts[asked + 1 : asked + 1 + len(chosen)]).strip() if chosen else None
+    return {"expected": notes["value"], "answer": answer, "right": chosen == expected, "layers": layers}
 
 
-def needle_rates(model: V4Model, topk: int | None = None, *, sequences: int = 12, seed: int = 7) -> dict[str, float]:
+def chance(visible: int, kept: int, right: int = 2) -> float:
+    """Probability that ``kept`` of ``visible`` entries, drawn at random, contain one of the ``right`` ones."""
+    misses = math.prod(max(0, visible - right - i) / (visible - i) for i in range(min(kept, visible)))
+    return 1.0 - misses if right else 0.0
+
+
+def needle_rates(model: V4Model, topk: int | None = None, *, sequences: int = 12, seed: int = 7) -> dict[str, Any]:
     """Far recall and each CSA layer's hit rate on ``sequences`` held-out streams of 256 tokens, chance beside them.
 
-    Far: the value lies beyond the sliding window, so only compressed entries can carry it.
+    Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``questions`` says how many there
+    were; the rest are shares of them. Raises InputError for a model without a tokenizer.
     """
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer, so no needle can be written for it; load a shipped model")
     held = np.asarray(encode(model, sample_text()))
     stream = tasks.RecallStream.asked_once(model.tokenizer, held)
-    batches = [stream.batch(np.random.default_rng(seed), sequences, 256)]
+    batches = [stream.batch(np.random.default_rng(seed), sequences, STREAM_TOKENS)]
     k = topk or model.config.index_topk
-    hits = score.needle_hits(model, batches, k, topk=k)
+    answers, hits = score.recall(model, batches, topk=k), score.needle_hits(model, batches, k, topk=k)
     return {
+        "model": _label(model),
         "topk": k,
-        "recall": score.recall(model, batches, topk=k)["far"],
+        "questions": answers["questions"],
+        "recall": answers["far"],
         "recall_chance": 1 / len(tasks.VALUES),
-        **{f"hit_layer_{layer}": rate for layer, rate in hits.items()},
+        "hits": {int(layer): rate for layer, rate in hits.items()},
         "hit_chance": score.chance_hits(model, batches, k),
+    }
+
+
+def needle_trials(
+    model: V4Model,
+    sentence: str = SENTENCE,
+    question: str = QUESTION,
+    *,
+    digits: int = 2,
+    tokens: int = STREAM_TOKENS,
+    trials: int = 12,
+    topk: int | None = None,
+    seed: int = 7,
+) -> dict[str, Any]:
+    """Hide one needle in each of ``trials`` held-out texts, said and asked in these words; the same rates as ``needle_rates``.
+
+    Codes are random numbers of ``digits`` digits, depths spread over all places beyond the sliding window. The same seed gives
+    the same texts, keys and depths whatever the words, so that two wordings can be compared. An answer is right if the
+    likeliest tokens spell the whole code. Raises InputError for less than one trial or digit, and for texts too short to be far.
+    """
+    far = score.far_distance(model)
+    if trials < 1 or digits < 1 or tokens < 4 * far:
+        raise InputError(
+            f"needs at least 1 trial, 1 digit and {4 * far} tokens, got {trials} trials, {digits} digits, {tokens} tokens"
+        )
+    rng, text = np.random.default_rng(seed), sample_text()
+    k = topk or model.config.index_topk
+    right, luck = 0, []
+    hits = {layer: 0 for layer, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
+    for trial in range(trials):
+        start, key = int(rng.integers(len(text) - 8 * tokens)), str(rng.choice(tasks.KEYS))
+        value = str(int(10 ** (digits - 1) + rng.random() * 9 * 10 ** (digits - 1)))
+        depth = (trial + 0.5) / trials * (1 - 2 * far / tokens)
+        passage = text[start : start + 8 * tokens]
+        needle = hide_needle(model, passage, key, value, depth, tokens, sentence=sentence, question=question)
+        asked, block = len(needle.ids) - 1, needle.position // model.config.csa_ratio
+        line = torch.tensor([[*needle.ids, *needle.value_ids]])
+        with torch.inference_mode():
+            guesses = model(line.to(model.device), topk=k)[0].argmax(-1).cpu()
+        right += guesses[asked:-1].tolist() == list(needle.value_ids)
+        for layer, entries in score.selected_entries(model, line[:, : asked + 1], k).items():
+            hits[layer] += bool({block, block + 1} & set(entries[0, asked].tolist()))
+        visible = (asked + 1) // model.config.csa_ratio
+        luck.append(chance(visible, min(k, visible)))
+    return {
+        "model": _label(model),
+        "topk": k,
+        "questions": trials,
+        "recall": right / trials,
+        "recall_chance": 1 / (9 * 10 ** (digits - 1)),
+        "hits": {layer: count / trials for layer, count in hits.items()},
+        "hit_chance": float(np.mean(luck)),
     }
 
 
@@ -138,3 +217,7 @@ def untrained_twin(model: V4Model, seed: int = 0) -> V4Model:
         twin.engram_canonical_ids.copy_(model.engram_canonical_ids)
     twin.tokenizer, twin.name = model.tokenizer, f"{model.name} untrained"
     return twin
+
+
+def _label(model: V4Model) -> str:
+    return f"{model.name} ({model.what}), measured on {device_name(str(model.device))}"

@@ -20,6 +20,7 @@ from workbench.errors import InputError
 Origin = Literal["measured", "modelled", "recorded"]
 FORMAT, VERSION = "workbench-trace", 1
 ARRAYS_FILE, MANIFEST_FILE = "arrays.npz", "trace.json"
+SHIPPED = Path(__file__).parent / "assets" / "traces"
 MAX_BYTES = 8 * 2**30  # a manifest that asks for more than this is refused before anything is allocated
 # Beyond this many tokens of context a row over all entries is max-pooled, so that memory grows with L and never with L x L.
 FULL_ROW_TOKENS = 2048
@@ -237,8 +238,11 @@ class Trace:
 
     @classmethod
     def load(cls, folder: str | Path) -> Trace:
-        """Read what ``save`` wrote. A missing, truncated, altered or foreign folder raises one InputError."""
-        folder = Path(folder)
+        """Read what ``save`` wrote: a folder, or the name of a shipped trace where no folder has that name.
+
+        A missing, truncated, altered or foreign folder and an unknown name raise one InputError.
+        """
+        folder = _find_folder(folder)
         if not (folder / MANIFEST_FILE).is_file() or not (folder / ARRAYS_FILE).is_file():
             raise InputError(f"{folder} is no saved trace: expected {MANIFEST_FILE} and {ARRAYS_FILE} in it")
         try:
@@ -256,6 +260,18 @@ class Trace:
             raise InputError(
                 f"{folder} is damaged or foreign ({type(error).__name__}: {error}); save the trace again"
             ) from None
+
+
+def _find_folder(source: str | Path) -> Path:
+    """A folder as given, or the shipped trace of that name."""
+    folder = Path(source)
+    if folder.is_dir() or folder.name != str(source):
+        return folder
+    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{MANIFEST_FILE}"))
+    if str(source) not in shipped:
+        names = ", ".join(map(repr, shipped)) or "none"
+        raise InputError(f"no trace {str(source)!r}: give a folder that Trace.save wrote, or a shipped trace ({names})")
+    return SHIPPED / folder
 
 
 _PLAIN = ("model", "what", "device", "config", "prompt_length", "storage", "notes")

@@ -86,9 +86,7 @@ def test_the_cases_cover_what_they_should():
     assert {length for _, _, length in cases} == set(LENGTHS) and {batch for _, batch, _ in cases} == {1, 3}
     assert {s["num_attention_heads"] for s, _, _ in cases} == {2, 4, 6, 8}
     assert {kind for s, _, _ in cases for kind in s["mlp_layer_types"]} == {"hash_moe", "moe"}
-    assert all(s["index_n_heads"] >= 16 or s["index_topk"] >= length for s, _, length in cases if CSA in s["layer_types"]) or all(
-        s["index_n_heads"] >= 16 or s["index_topk"] >= length // s["compress_rates"][CSA] for s, _, length in cases
-    )
+    assert all(s["index_n_heads"] >= 16 or s["index_topk"] * s["compress_rates"][CSA] >= length for s, _, length in cases)
 
 
 @pytest.mark.parametrize("seed", [40, 41, 42])

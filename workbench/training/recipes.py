@@ -13,15 +13,15 @@ from workbench.errors import InputError
 class Phase:
     """``steps`` optimiser steps on ``batch`` sequences of ``length`` tokens.
 
-    ``selection`` "dense": CSA attends to every visible entry while its indexer learns to imitate that attention;
-    "sparse": only the indexer's top-k. A dense phase may not hand over before the indexer finds ``hit_target`` of the needles.
+    With a ``hit_target`` CSA attends to every visible entry at first, while its indexer learns to imitate that attention, and
+    goes over to the indexer's top-k when three evaluations in a row find that share of the needles among them: sparse
+    selection from the start, or too early, stalls. Without one the phase is sparse throughout.
     """
 
     steps: int
     length: int
     batch: int
-    selection: str
-    hit_target: float = 0.0
+    hit_target: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Recipe:
     engram: bool = False
     vocab_size: int = 1536
     plain_share: float = 0.25  # of the sequences of a batch, text without needles
-    short_share: float = 0.3  # of the needles in the other streams, said in short
+    short_share: float = 0.5  # of the needles in the other streams, said in short
     once_share: float = 0.25  # and streams that ask for each key once, over all distances
     muon_lr: float = 1e-2
     adam_lr: float = 5e-3
@@ -51,7 +51,7 @@ class Recipe:
         return asdict(self)
 
     def config(self, compressed_vocab_size: int) -> ModelConfig:
-        """The tiny shape: small window, ratios and top-k, so that 256 tokens already need compression and selection."""
+        """The tiny shape: small window, ratios and top-k, so that 256 tokens already need selection; ratios as released."""
         engram = EngramConfig(
             layer_ids=(1,), vocab_size=8192, compressed_vocab_size=compressed_vocab_size, n_heads=4, head_dim=16
         )
@@ -73,7 +73,7 @@ class Recipe:
             index_head_dim=32,
             index_topk=8,
             csa_ratio=4,
-            hca_ratio=32,
+            hca_ratio=128,
             sliding_window=16,
             compress_rope=RopeConfig(theta=160000.0, factor=16.0, original_max_position_embeddings=8192),
             max_position_embeddings=131072,
@@ -85,9 +85,9 @@ _TINY_V4 = Recipe(
     name="tiny-v4",
     seed=1,
     phases=(
-        Phase(steps=900, length=256, batch=8, selection="dense", hit_target=0.98),
-        Phase(steps=400, length=256, batch=8, selection="sparse"),
-        Phase(steps=100, length=1024, batch=2, selection="sparse"),
+        Phase(steps=1300, length=256, batch=8, hit_target=0.98),
+        Phase(steps=150, length=1024, batch=2),
+        Phase(steps=25, length=4096, batch=1),
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in (_TINY_V4, replace(_TINY_V4, name="tiny-v4-engram", engram=True))}

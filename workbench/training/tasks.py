@@ -159,8 +159,8 @@ class RecallStream:
         tokenizer: Tokenizer,
         text_ids: np.ndarray,
         *,
-        write_prob: float = 0.2,
-        read_prob: float = 0.35,
+        write_prob: float = 0.25,
+        read_prob: float = 0.5,
         reread: bool = True,
         short_share: float = 0.0,
     ) -> None:

@@ -124,6 +124,19 @@ def learning_rate(recipe: Recipe, step: int, total: int) -> float:
     return recipe.final_lr + (1 - recipe.final_lr) * max(0.0, left)
 
 
+def best_hit(point: dict[str, Any]) -> float:
+    """Needles found at the model's top-k by the CSA layer that finds most, at one point of the curve."""
+    return max(point["hit_at_topk"].values())
+
+
+def warmed_up(curve: list[dict[str, Any]], phase: Phase) -> bool:
+    """Whether selection may be sparse: once three evaluations in a row have met the phase's target."""
+    if phase.hit_target is None:
+        return True
+    met = [best_hit(point) >= phase.hit_target for point in curve]
+    return any(all(met[i : i + 3]) for i in range(len(met) - 2))
+
+
 def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> None:
     """b_e += step * sign(mean load - load_e): aux-loss-free balancing of the score-routed layers."""
     for layer, load in loads.items():
@@ -153,12 +166,12 @@ def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
 
 
 def train_step(
-    model: V4Model, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, phase: Phase
+    model: V4Model, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
 ) -> dict[str, float]:
-    """One optimiser step; returns the parts of the loss."""
+    """One optimiser step, CSA attending to all visible entries if ``dense``; returns the parts of the loss."""
     ids = torch.from_numpy(batch.ids)
     with listen(model) as attention, routed(model) as loads:
-        logits = model(ids, topk=phase.length if phase.selection == "dense" else None)
+        logits = model(ids, topk=ids.shape[1] if dense else None)
     text = next_token_loss(logits, ids, torch.from_numpy(batch.text_mask))
     reads = next_token_loss(logits, ids, torch.from_numpy(batch.read_mask))
     index = indexer_loss(attention)
@@ -205,20 +218,20 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
         for part, rates in zip(parts, base_rates, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(recipe, step, total)
-        losses = train_step(model, parts, recipe, make_batch(recipe, data, streams, phase, step), phase)
+        dense = not warmed_up(curve, phase)
+        losses = train_step(model, parts, recipe, make_batch(recipe, data, streams, phase, step), dense)
         step += 1
         say(f"step {step}/{total} text {losses['text']:.2f} reads {losses['reads']:.2f}", step / total)
         if step % EVALUATE_EVERY == 0 or step == total:
             spent = cpu_before + time.process_time() - cpu_start
-            curve.append({"step": step, "cpu_s": round(spent, 1)} | losses | quick_scores(model, data))
+            point = {"step": step, "cpu_s": round(spent, 1), "dense": dense}
+            curve.append(point | losses | quick_scores(model, data))
             _save_state(out, recipe, model, parts, {"step": step, "curve": curve, "cpu_s": spent})
-        if step in ends[:-1] and phase.hit_target:
-            found = max(curve[-1]["hit_at_topk"].values())
-            if found < phase.hit_target:
-                raise WorkbenchError(
-                    f"the indexer finds {found:.0%} of the needles after step {step}, the recipe wants {phase.hit_target:.0%} "
-                    "before going sparse; give the dense phase more steps"
-                )
+        if step == ends[0] and not warmed_up(curve, recipe.phases[0]):
+            raise WorkbenchError(
+                f"after {step} steps the indexer finds {best_hit(curve[-1]):.0%} of the needles, the recipe wants "
+                f"{recipe.phases[0].hit_target:.0%} before it goes sparse; give the first phase more steps"
+            )
     model.eval()
     model.what = "toy, trained"
     say("scoring", 1.0)

@@ -1,0 +1,96 @@
+"""The checkpoints that ship: what their scores claim, measured again on the held-out text that ships beside them."""
+
+import json
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import workbench as wb
+from workbench.live import encode
+from workbench.needle import sample_text
+from workbench.training import score, tasks
+
+ASSETS = Path(wb.__file__).parent / "assets"
+SHIPPED = ("tiny-v4", "tiny-v4-engram")
+
+
+@cache
+def model_of(name):
+    return wb.load(name, device="cpu")
+
+
+@cache
+def measured(name):
+    model = model_of(name)
+    return score.score_model(model, np.asarray(encode(model, sample_text())))
+
+
+def stored(name):
+    return json.loads((ASSETS / name / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_checkpoint_is_small_loads_quickly_and_says_how_it_was_made(name):
+    folder = ASSETS / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
+    start = time.process_time()
+    model = wb.load(name, device="cpu")
+    assert time.process_time() - start < 2.0  # CPU seconds of this process: other work on the machine does not count
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["name"] == name and recipe["trained_with"]["torch"]
+    assert len(json.loads((folder / "curve.json").read_text())) >= 10
+    assert model.what == "toy, trained" and (model.config.engram is not None) == (name == "tiny-v4-engram")
+    kinds = set(model.config.layer_kinds)
+    assert kinds == {"window", "csa", "hca"} and model.config.mlp_kinds[0] == "hash" and model.config.o_groups > 1
+    assert model.config.max_position_embeddings >= 131_072
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_checkpoint_answers_far_needles_and_an_untrained_one_does_not(name):
+    model = model_of(name)
+    trained, untrained = (wb.needle_rates(m, 2, sequences=6) for m in (model, wb.untrained_twin(model)))
+    recall_layer = max(("hit_layer_1", "hit_layer_3"), key=lambda layer: trained[layer])
+    assert trained["recall"] >= 0.95 and trained[recall_layer] >= 0.95
+    assert untrained["recall"] < 0.1 and untrained[recall_layer] < trained["hit_chance"] + 0.35
+
+
+def test_both_checkpoints_come_from_one_recipe():
+    first, second = (json.loads((ASSETS / name / "recipe.json").read_text()) for name in SHIPPED)
+    differing = {key for key in first if first[key] != second[key]} - {"trained_with"}
+    assert differing == {"name", "engram"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_scores_measured_again_meet_the_bars_and_the_stored_figures(name):
+    now, then = measured(name), stored(name)
+    assert now["recall_256"]["far"] >= 0.95 and now["recall_4096"]["far"] >= 0.90 and now["haystack_4096"] >= 0.90
+    assert max(now["hit_at_2"].values()) >= 0.95
+    assert now["recall_chance"] == pytest.approx(1 / len(tasks.VALUES))
+    assert now["text_loss"] == pytest.approx(then["text_loss"], abs=0.02)  # other processors and libraries round otherwise
+    for figure in ("recall_256", "recall_4096"):
+        assert now[figure]["far"] == pytest.approx(then[figure]["far"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_engram_lowers_the_loss_on_held_out_text():
+    assert measured("tiny-v4-engram")["text_loss"] < measured("tiny-v4")["text_loss"]
+
+
+@pytest.mark.slow
+def test_positions_work_up_to_131072_tokens():
+    model = model_of("tiny-v4")
+    text = encode(model, sample_text())
+    ids, needle = tasks.haystack(model.tokenizer, np.asarray(text * 3), np.random.default_rng(0), 131_072, "apple", "37", 0.99)
+    cache = model.new_cache()
+
+    with torch.inference_mode():
+        for chunk in torch.from_numpy(ids).unsqueeze(0).split(2048, dim=1):
+            logits = model(chunk, cache, logits="last")
+    assert cache.length == 131_072 and bool(torch.isfinite(logits).all())
+    with pytest.raises(wb.InputError, match="131072"):
+        model(torch.zeros(1, 1, dtype=torch.int64), cache)

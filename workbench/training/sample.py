@@ -1,0 +1,58 @@
+"""Make the recorded trace that ships, from a shipped model: ``python -m workbench.training.sample``.
+
+A few hundred tokens of held-out prose with a needle far beyond the window, the question, and the one token of the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from workbench.checkpoint import load, shipped_names
+from workbench.errors import WorkbenchError
+from workbench.live import run
+from workbench.needle import find_needle, hide_needle, sample_text
+from workbench.trace import SHIPPED, Trace
+
+MODEL, TOKENS, DEPTH = "tiny-v4", 320, 0.25
+MAX_BYTES = 500_000
+
+
+def prose(text: str) -> str:
+    """The paragraphs of ``text`` that are plain sentences, each on one line: no headings, grammars, lists or source code."""
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if not part.startswith((" ", "#", '"'))]
+    return " ".join(part for part in paragraphs if part[:1].isupper() and part.endswith(".") and "::=" not in part)
+
+
+def record_sample(model: str = MODEL, folder: Path = SHIPPED / "needle") -> Trace:
+    """Run ``model`` on the needle and save the trace in ``folder``. Raises WorkbenchError if it misses, or the files grow too big."""
+    loaded = load(model, device="cpu")
+    needle = hide_needle(loaded, prose(sample_text()), depth=DEPTH, tokens=TOKENS)
+    live = run(loaded, needle.ids, max_new_tokens=1)
+    live.wait()
+    if live.error:
+        raise WorkbenchError(live.error)
+    trace = replace(live.trace, notes=live.trace.notes | needle.notes)
+    found = find_needle(trace)
+    if not found["right"] or not any(layer["found"] for layer in found["layers"]):
+        raise WorkbenchError(f"{model} answered {found['answer']!r} instead of {found['expected']!r}; nothing was saved")
+    trace.save(folder, half=True)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if size > MAX_BYTES:
+        raise WorkbenchError(f"{folder} has {size:,} bytes, a shipped trace at most {MAX_BYTES:,}; lower TOKENS")
+    return trace
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default=MODEL if MODEL in shipped_names() else f"{MODEL}-engram")
+    parser.add_argument("--out", type=Path, default=SHIPPED / "needle")
+    options = parser.parse_args(arguments)
+    trace = record_sample(options.model, options.out)
+    print(f"{options.out}: {trace.label}, {trace.length} tokens")
+
+
+if __name__ == "__main__":
+    main()
