@@ -6,6 +6,7 @@ A step is one prefill chunk or one token; between steps the thread looks at what
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,10 @@ def encode(model: V4Model, prompt: str | Sequence[int]) -> list[int]:
         model.tokenizer.encode_special_tokens = True  # a typed "<|bos|>" is text like any other
         ids = model.tokenizer.encode(prompt).ids
     else:
-        ids = [int(i) for i in prompt]
+        try:
+            ids = [operator.index(i) for i in prompt]
+        except TypeError:
+            raise InputError(f"a prompt must be text or whole numbers, got {prompt!r:.60}") from None
     if not ids:
         raise InputError("the prompt is empty; give at least one token")
     if min(ids) < 0 or max(ids) >= model.config.vocab_size:
@@ -81,8 +85,10 @@ class LiveRun:
     ) -> None:
         if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise InputError(f"max_new_tokens must be 0 or more, got {max_new_tokens!r}")
-        if not math.isfinite(temperature) or temperature < 0:
-            raise InputError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature < 0:
+            raise InputError(f"temperature must be 0 (greedy) or more, got {temperature!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise InputError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")
         if topk is not None and (not isinstance(topk, int) or topk < 1):
             raise InputError(f"topk must be a positive integer or None for the model's own, got {topk!r}")
         if prefetch not in POLICIES:
@@ -106,6 +112,7 @@ class LiveRun:
         self._callbacks: list[Callable[[RunEvent], None]] = []
         self._control = threading.Condition()
         self._wanted: Literal["run", "pause", "step", "stop"] = "run"
+        self._steps_asked = 0
         self._state: State = "running"
         self._thread = threading.Thread(target=self._work, name="workbench-run", daemon=True)
         self._thread.start()
@@ -128,16 +135,16 @@ class LiveRun:
     @property
     def trace(self) -> Trace:
         """A snapshot of everything recorded up to the last finished step."""
-        guesses = list(self._guesses)
         recorded = self._recorder.snapshot(self._device) if self._recorder else {}
+        guesses, texts = list(self._guesses), tuple(self._texts)  # after the snapshot, so never fewer than its steps
         starts = recorded.get("step_starts", np.zeros(0, np.int32))
-        if self._snapshot is not None and self._snapshot.steps == len(starts) and len(self._snapshot.top_ids) == len(guesses):
-            return self._snapshot
         guesses = guesses[: len(starts)] if self._recorder else guesses
+        known = self._snapshot
+        if known is not None and (known.steps, len(known.top_ids), known.token_texts) == (len(starts), len(guesses), texts):
+            return known
         length = self._recorder.length if self._recorder else self._fed
         if self._recorder:
             length = recorded["layers"][0].length if recorded["layers"] else 0
-        texts = tuple(self._texts)
         fields = {"timeline": Timeline("measured", (), self._device)} | recorded
         self._snapshot = Trace(
             model=self.model.name,
@@ -182,6 +189,7 @@ class LiveRun:
         with self._control:
             if self._wanted != "stop":
                 self._wanted = wanted
+                self._steps_asked = self._steps_asked + 1 if wanted == "step" else 0
             self._control.notify_all()
 
     def _may_go_on(self) -> bool:
@@ -194,7 +202,9 @@ class LiveRun:
                 return False
             self._change("running")
             if self._wanted == "step":
-                self._wanted = "pause"
+                self._steps_asked -= 1
+                if not self._steps_asked:
+                    self._wanted = "pause"
             return True
 
     def _change(self, state: State) -> None:
@@ -206,7 +216,7 @@ class LiveRun:
         for callback in list(self._callbacks):
             try:
                 callback(event)
-            except Exception as error:
+            except BaseException as error:  # not even sys.exit() in a callback may end the run unseen
                 self.callback_error = f"{type(error).__name__}: {error}"
 
     def _work(self) -> None:

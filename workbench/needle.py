@@ -92,7 +92,7 @@ def hide_needle(
 def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     """How a finished or running trace answered: the answer, and per CSA layer whether the needle's entry was kept, and why.
 
-    A value's first token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1
+    ``best_layer`` is the one whose indexer ranked the needle highest. A value's first token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1
     among all visible entries by index score, None while the needle is too near to be in a finished entry; ``chance`` is the
     probability that as many random entries contain one of the two. Raises InputError for a trace without a needle.
     """
@@ -121,11 +121,13 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
                 "chance": chance(len(scores), int((kept >= 0).sum()), len(right)),
             }
         )
+    ranked = [layer for layer in layers if layer["rank"] is not None]
+    best = min(ranked, key=lambda layer: layer["rank"])["layer"] if ranked else None
     step = trace.step_of_token(asked) if trace.steps and trace.length > asked else len(trace.next_ids)
     expected = [int(i) for i in notes["value_ids"]]
     chosen = [int(i) for i in trace.next_ids[step:] if i >= 0][: len(expected)]
     answer = "".join(trace.token_texts[asked + 1 : asked + 1 + len(chosen)]).strip() if chosen else None
-    return {"expected": notes["value"], "answer": answer, "right": chosen == expected, "layers": layers}
+    return {"expected": notes["value"], "answer": answer, "right": chosen == expected, "best_layer": best, "layers": layers}
 
 
 def chance(visible: int, kept: int, right: int = 2) -> float:
@@ -173,7 +175,7 @@ def needle_trials(
 
     Codes are random numbers of ``digits`` digits, depths spread over all places beyond the sliding window. The same seed gives
     the same texts, keys and depths whatever the words, so that two wordings can be compared. An answer is right if the
-    likeliest tokens spell the whole code. Raises InputError for less than one trial or digit, and for texts too short to be far.
+    likeliest tokens spell the whole code. Raises InputError for no trial, no digit, and texts too short to be far.
     """
     far = score.far_distance(model)
     if trials < 1 or digits < 1 or tokens < 4 * far:

@@ -150,7 +150,7 @@ def _first(values: Tensor, missing: float) -> Tensor:
 
 def pooled_rows(probs: Tensor, start: int, ratio: int) -> np.ndarray:
     """Probabilities over all entries [T, H, S] -> at most 2,048 tokens' worth of columns, max-pooled as LayerTrace says."""
-    columns = max(1, FULL_ROW_TOKENS // ratio)
+    columns = -(-FULL_ROW_TOKENS // ratio)  # rounded up: a ratio that does not divide leaves a last, narrower column
     t, heads, entries = probs.shape
     out = np.zeros((t, heads, min(columns, entries)), np.float16)
     edges = [0]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.lib import format as npy
 
 from workbench.errors import InputError
 
@@ -250,15 +252,16 @@ class Trace:
             if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
                 raise InputError(f"{folder} holds no {FORMAT} of version {VERSION}; save it again with this workbench")
             declared = manifest["arrays"]
-            total = sum(np.dtype(kind).itemsize * int(np.prod(shape, dtype=np.int64)) for kind, shape in declared.values())
-            if not 0 <= total <= MAX_BYTES:
+            total = sum(_nbytes(kind, shape) for kind, shape in declared.values())
+            if total > MAX_BYTES:
                 raise InputError(f"{folder} declares {total} bytes of arrays; at most {MAX_BYTES} are read")
             return _unpack(manifest, _read_arrays(folder / ARRAYS_FILE, declared))
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever a damaged file provokes in the readers of JSON, zip and npy
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"{folder} is damaged or foreign ({type(error).__name__}: {error}); save the trace again"
+                f"{folder} is damaged or foreign ({type(error).__name__}: {reason}); save the trace again"
             ) from None
 
 
@@ -275,6 +278,11 @@ def _find_folder(source: str | Path) -> Path:
 
 
 _PLAIN = ("model", "what", "device", "config", "prompt_length", "storage", "notes")
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "window": (),
+    "csa": ("selected", "selected_scores", "selected_probs", "index_queries", "index_weights"),
+    "hca": ("entry_probs",),
+}
 _ARRAYS = ("token_ids", "step_starts", "cache_reserved", "top_ids", "top_probs", "next_ids")
 
 
@@ -292,23 +300,40 @@ def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     manifest["token_texts"] = list(trace.token_texts)
     manifest["layers"] = [{"layer": x.layer, "kind": x.kind, "ratio": x.ratio} for x in trace.layers]
     manifest["engram"] = [{"layer": x.layer} for x in trace.engram]
-    manifest["timeline"] = {"device": trace.timeline.device, "note": trace.timeline.note}
-    manifest["spans"] = [[s.lane, s.name, s.step, list(s.after)] for s in spans]
+    manifest["origin"] = _stored(trace.origin)
+    timeline = trace.timeline
+    manifest["timeline"] = {"origin": _stored(timeline.origin), "device": timeline.device, "note": timeline.note}
+    manifest["spans"] = [[s.lane, s.name, s.step, _stored(s.origin), list(s.after)] for s in spans]
     return arrays, manifest
 
 
+def _stored(origin: Origin) -> Origin:
+    """What a saved measurement is called when it comes back; what was modelled stays modelled."""
+    return "modelled" if origin == "modelled" else "recorded"
+
+
+def _nbytes(kind: str, shape: Sequence[int]) -> int:
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise InputError(f"an array cannot have the shape {shape}")
+    return np.dtype(kind).itemsize * prod(shape)
+
+
 def _read_arrays(path: Path, declared: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as stored:
-        if set(stored.files) != set(declared):
+    """The arrays a manifest lists. What a file promises is held against the manifest before memory is set aside for it."""
+    arrays = {}
+    with zipfile.ZipFile(path) as stored:
+        if sorted(stored.namelist()) != sorted(f"{name}.npy" for name in declared):
             raise InputError(f"{path} does not hold the arrays its manifest lists; save the trace again")
-        arrays = {}
         for name, (kind, shape) in declared.items():
-            size = stored.zip.getinfo(f"{name}.npy").file_size  # refuse before decompressing more than was declared
-            if size > np.dtype(kind).itemsize * int(np.prod(shape, dtype=np.int64)) + 4096:
-                raise InputError(f"{path}: array {name!r} is larger than its manifest says; save the trace again")
-            arrays[name] = stored[name]
-            if arrays[name].dtype != np.dtype(kind) or list(arrays[name].shape) != list(shape):
-                raise InputError(f"{path}: array {name!r} differs from its manifest; save the trace again")
+            with stored.open(f"{name}.npy") as member:
+                if npy.read_magic(member) != (1, 0):
+                    raise InputError(f"{path}: array {name!r} is in another format than this workbench writes")
+                promised, _, dtype = npy.read_array_header_1_0(member)
+                size = member.tell() + _nbytes(kind, shape)
+                if (list(promised), dtype, stored.getinfo(member.name).file_size) != (list(shape), np.dtype(kind), size):
+                    raise InputError(f"{path}: array {name!r} differs from its manifest; save the trace again")
+                member.seek(0)
+                arrays[name] = npy.read_array(member, allow_pickle=False)
     return arrays
 
 
@@ -321,8 +346,8 @@ def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
 
     times = arrays["span.times"]
     spans = tuple(
-        Span(lane, name, step, float(start), float(end), "recorded", tuple(after))
-        for (lane, name, step, after), (start, end) in zip(manifest["spans"], times, strict=True)
+        Span(lane, name, step, float(start), float(end), origin, tuple(after))
+        for (lane, name, step, origin, after), (start, end) in zip(manifest["spans"], times, strict=True)
     )
     plain: dict[str, Any] = {name: manifest[name] for name in _PLAIN} | {name: arrays[name] for name in _ARRAYS}
     trace = Trace(
@@ -330,9 +355,9 @@ def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
         token_texts=tuple(manifest["token_texts"]),
         layers=tuple(record(LayerTrace, "layer", i, of) for i, of in enumerate(manifest["layers"])),
         engram=tuple(record(EngramTrace, "engram", i, of) for i, of in enumerate(manifest["engram"])),
-        timeline=Timeline("recorded", spans, **manifest["timeline"]),
+        timeline=Timeline(spans=spans, **manifest["timeline"]),
         cache_bytes={name[6:]: a for name, a in arrays.items() if name.startswith("cache.")},
-        origin="recorded",
+        origin=_stored(manifest["origin"]),
     )
     _check(trace)
     return trace
@@ -345,8 +370,13 @@ def _check(trace: Trace) -> None:
         raise InputError(
             f"a trace of {length} tokens has {len(trace.token_texts)} texts and prompt_length {trace.prompt_length}"
         )
+    for layer in trace.layers:
+        missing = [name for name in _NEEDED[layer.kind] if getattr(layer, name) is None]
+        if missing or (layer.ratio < 1) != (layer.kind == "window"):
+            raise InputError(f"layer {layer.layer} ({layer.kind}, ratio {layer.ratio}) lacks {missing or 'a ratio'}")
     records: tuple[LayerTrace | EngramTrace, ...] = (*trace.layers, *trace.engram)
     for record in records:
-        for name, value in asdict(record).items():
+        for name in (f.name for f in fields(record)):
+            value = getattr(record, name)
             if isinstance(value, np.ndarray) and name != "index_keys" and value.shape[0] != length:
                 raise InputError(f"layer {record.layer}: {name} has {value.shape[0]} rows for {length} tokens")

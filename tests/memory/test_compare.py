@@ -63,15 +63,6 @@ def test_serial_lookups_stand_in_the_way_of_compute_entirely(measured):
             assert stall.start_s <= span.start_s and span.end_s <= stall.end_s
 
 
-def test_a_prefetched_lookup_begins_before_the_first_block_ends(measured):
-    """Only the first: with two cores held by others the second may begin late, never before it was asked for."""
-    _, prefetched = measured
-    first = min((s for s in prefetched.spans if s.lane == "lookup"), key=lambda s: s.start_s)
-    assert first.name == "layer 1 hash"
-    block = next(s for s in prefetched.spans if s.name == "layer 1")
-    assert first.start_s <= block.end_s
-
-
 def test_progress_rises_to_one_and_the_model_is_left_as_it_was(model):
     said: list[float] = []
     fetcher, before = model.fetcher, {t for t in threading.enumerate() if t.name.startswith("engram-rows")}

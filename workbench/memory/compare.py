@@ -111,7 +111,7 @@ def _measure(model: V4Model, ids: torch.Tensor, policy: str, note: str) -> Timel
     recorder.finish_step(ids.shape[1], cache)
     kind = "both on this CPU's cores" if model.device.type == "cpu" else "compute on the accelerator"
     return Timeline(
-        "measured", recorder.timeline_since(start), device_name(str(model.device)), f"{policy}: {note}; {kind}, {cores()} cores"
+        "measured", recorder.timeline_since(start), device_name(str(model.device)), f"{note}; {kind}"
     )
 
 

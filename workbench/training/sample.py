@@ -27,7 +27,10 @@ def prose(text: str) -> str:
 
 
 def record_sample(model: str = MODEL, folder: Path = SHIPPED / "needle") -> Trace:
-    """Run ``model`` on the needle and save the trace in ``folder``. Raises WorkbenchError if it misses, or the files grow too big."""
+    """Run ``model`` on the needle and save the trace in ``folder``.
+
+    Raises WorkbenchError if it misses the needle (nothing is saved then), or if the files grow too big.
+    """
     loaded = load(model, device="cpu")
     needle = hide_needle(loaded, prose(sample_text()), depth=DEPTH, tokens=TOKENS)
     live = run(loaded, needle.ids, max_new_tokens=1)
