@@ -58,7 +58,7 @@ def random_model(config: ModelConfig = CONFIG, seed: int = 0) -> V4Model:
                 tensor.copy_(table[:, : tensor.shape[1]])
             elif leaf == "engram_canonical_ids":  # every id at least once, in a shuffled order
                 wanted = config.engram.compressed_vocab_size if config.engram else 1
-                tensor.copy_((torch.randperm(len(tensor), generator=generator) % wanted))
+                tensor.copy_(torch.randperm(len(tensor), generator=generator) % wanted)
             elif "norm" in name or leaf in ("q_weight", "k_weight"):
                 tensor.copy_(1 + 0.1 * noise)
             elif leaf == "scale":

@@ -68,7 +68,9 @@ def check_query(layer, t: int, query) -> None:
         kept = layer.selected[t]
         assert [e for e in kept.tolist() if e >= 0] == query.selected
         n = len(query.selected)
-        assert (kept[n:] == -1).all() and np.isnan(layer.selected_scores[t, n:]).all() and not layer.selected_probs[t, :, n:].any()
+        assert (
+            (kept[n:] == -1).all() and np.isnan(layer.selected_scores[t, n:]).all() and not layer.selected_probs[t, :, n:].any()
+        )
         np.testing.assert_allclose(layer.selected_scores[t, :n], query.scores[query.selected], atol=1e-4)
         np.testing.assert_allclose(layer.index_scores(t), query.scores, atol=1e-4)
         for place, entry in enumerate(query.selected):
@@ -126,7 +128,14 @@ def test_rows_beyond_the_full_length_hold_the_maxima_of_all_entries(ratio, sizes
 
 def test_a_recorded_long_text_pools_what_a_slow_attention_computes():
     config = replace(
-        CONFIG, layer_kinds=("hca",), mlp_kinds=("hash",), hca_ratio=7, num_attention_heads=2, o_groups=1, hc_mult=1, hidden_size=8
+        CONFIG,
+        layer_kinds=("hca",),
+        mlp_kinds=("hash",),
+        hca_ratio=7,
+        num_attention_heads=2,
+        o_groups=1,
+        hc_mult=1,
+        hidden_size=8,
     )
     model, ids = random_model(config), random_ids(config, 1, 4200)
     found, _ = record(model, ids, [2000, 1, 2100, *[1] * 99])
@@ -143,7 +152,9 @@ def test_a_recorded_long_text_pools_what_a_slow_attention_computes():
 
 
 def test_recorded_bytes_grow_with_the_length_and_not_with_its_square():
-    config = replace(CONFIG, layer_kinds=("csa", "hca", "window"), mlp_kinds=("hash",) * 3, hca_ratio=8, max_position_embeddings=20000)
+    config = replace(
+        CONFIG, layer_kinds=("csa", "hca", "window"), mlp_kinds=("hash",) * 3, hca_ratio=8, max_position_embeddings=20000
+    )
     model, sizes = random_model(config), []
     for length in (2048, 4096, 8192):
         found, _ = record(model, random_ids(config, 1, length), [512] * (length // 512))
@@ -193,7 +204,9 @@ def same_fields(found: dict, expected: dict) -> None:
             else:
                 assert mine == theirs
     assert found["step_starts"].tolist() == expected["step_starts"].tolist()
-    assert {k: v.tolist() for k, v in found["cache_bytes"].items()} == {k: v.tolist() for k, v in expected["cache_bytes"].items()}
+    assert {k: v.tolist() for k, v in found["cache_bytes"].items()} == {
+        k: v.tolist() for k, v in expected["cache_bytes"].items()
+    }
     assert {span.step for span in found["timeline"].spans} == {span.step for span in expected["timeline"].spans}
 
 
@@ -270,7 +283,9 @@ def test_a_snapshot_stays_as_it_was_while_the_run_goes_on():
         model(ids[:, :70], cache)
         recorder.finish_step(70, cache)
         early = recorder.snapshot("here")
-        copies = [{n: np.copy(getattr(x, n)) for n in x.__slots__ if isinstance(getattr(x, n), np.ndarray)} for x in early["layers"]]
+        copies = [
+            {n: np.copy(getattr(x, n)) for n in x.__slots__ if isinstance(getattr(x, n), np.ndarray)} for x in early["layers"]
+        ]
         for t in range(70, 200):
             model(ids[:, t : t + 1], cache)
             recorder.finish_step(1, cache)

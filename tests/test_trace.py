@@ -107,7 +107,9 @@ def test_a_half_saved_trace_keeps_the_rest_exact_and_scores_to_a_thousandth(trac
         if one.kind == "csa":
             assert other.index_keys.dtype == np.float16
             for t in (3, 30, 60):
-                np.testing.assert_allclose(other.index_scores(t), one.index_scores(t), atol=1e-3 * np.abs(one.index_scores(t)).max())
+                np.testing.assert_allclose(
+                    other.index_scores(t), one.index_scores(t), atol=1e-3 * np.abs(one.index_scores(t)).max()
+                )
 
 
 def test_an_empty_trace_survives(tmp_path):
@@ -174,7 +176,19 @@ def test_a_flipped_bit_inside_the_compressed_data_is_noticed(folder):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "null", "[]", "3", '"trace"', "{}", "{", "[" * 100_000, '{"format": "other"}', "\ud800".encode("utf-8", "surrogatepass")]
+    "content",
+    [
+        "",
+        "null",
+        "[]",
+        "3",
+        '"trace"',
+        "{}",
+        "{",
+        "[" * 100_000,
+        '{"format": "other"}',
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ],
 )
 def test_a_foreign_manifest_is_refused(folder, content):
     (folder / MANIFEST_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -315,7 +329,9 @@ def test_a_manifest_with_impossible_values_is_refused(folder, plain):
     refused(resave(folder, arrays_of(folder), **plain))
 
 
-@pytest.mark.parametrize("name", ["layer.1.selected", "layer.2.entry_probs", "layer.0.sink_probs", "engram.0.gates", "layer.0.window_probs"])
+@pytest.mark.parametrize(
+    "name", ["layer.1.selected", "layer.2.entry_probs", "layer.0.sink_probs", "engram.0.gates", "layer.0.window_probs"]
+)
 def test_rows_for_another_number_of_tokens_are_refused(folder, name):
     arrays = arrays_of(folder)
     arrays[name] = arrays[name][:-1]
@@ -346,7 +362,12 @@ def test_a_span_must_run_forwards_from_zero(start, end):
 
 
 def test_a_timeline_adds_up_lookups_and_stalls():
-    spans = (Span("lookup", "a", 0, 0.0, 0.4), Span("lookup", "b", 1, 1.0, 1.4), Span("stall", "c", 1, 1.3, 1.5), Span("compute", "d", 1, 0, 9))
+    spans = (
+        Span("lookup", "a", 0, 0.0, 0.4),
+        Span("lookup", "b", 1, 1.0, 1.4),
+        Span("stall", "c", 1, 1.3, 1.5),
+        Span("compute", "d", 1, 0, 9),
+    )
     timeline = Timeline("modelled", spans)
     assert timeline.lookup_s == pytest.approx(0.8) and timeline.stall_s == pytest.approx(0.2)
     assert timeline.hidden_fraction == pytest.approx(0.75)

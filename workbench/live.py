@@ -45,7 +45,10 @@ def encode(model: V4Model, prompt: str | Sequence[int]) -> list[int]:
         if model.tokenizer is None:
             raise InputError("this model came without a tokenizer; give the prompt as a list of token ids")
         model.tokenizer.encode_special_tokens = True  # a typed "<|bos|>" is text like any other
-        ids = model.tokenizer.encode(prompt).ids
+        try:
+            ids = model.tokenizer.encode(prompt).ids
+        except TypeError:  # what the library says to half a surrogate pair
+            raise InputError("the prompt holds half a character that is no Unicode text; type it again") from None
     else:
         try:
             ids = [operator.index(i) for i in prompt]
@@ -114,6 +117,7 @@ class LiveRun:
         self._wanted: Literal["run", "pause", "step", "stop"] = "run"
         self._steps_asked = 0
         self._state: State = "running"
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="workbench-run", daemon=True)
         self._thread.start()
 
@@ -138,13 +142,18 @@ class LiveRun:
         recorded = self._recorder.snapshot(self._device) if self._recorder else {}
         guesses, texts = list(self._guesses), tuple(self._texts)  # after the snapshot, so never fewer than its steps
         starts = recorded.get("step_starts", np.zeros(0, np.int32))
-        guesses = guesses[: len(starts)] if self._recorder else guesses
-        known = self._snapshot
-        if known is not None and (known.steps, len(known.top_ids), known.token_texts) == (len(starts), len(guesses), texts):
-            return known
-        length = self._recorder.length if self._recorder else self._fed
+        length = self._fed
         if self._recorder:
+            guesses = guesses[: len(starts)]
             length = recorded["layers"][0].length if recorded["layers"] else 0
+        texts = texts[: max(self._prompt_length, length + 1)]
+        known = self._snapshot
+        if known is not None and (known.steps, len(known.top_ids), len(known.token_texts)) == (
+            len(starts),
+            len(guesses),
+            len(texts),
+        ):
+            return known
         fields = {"timeline": Timeline("measured", (), self._device)} | recorded
         self._snapshot = Trace(
             model=self.model.name,
@@ -182,8 +191,12 @@ class LiveRun:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the run is over; True if it is. An interrupt while waiting leaves the run going."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if threading.current_thread() is self._thread:
+            raise WorkbenchError("a callback cannot wait for the run that calls it")
+        # Not Thread.join alone: before Python 3.13 an interrupted join takes a living thread for a finished one.
+        if self._over.wait(timeout_s):
+            self._thread.join()
+        return self._over.is_set()
 
     def _tell(self, wanted: Literal["run", "pause", "step", "stop"]) -> None:
         with self._control:
@@ -193,19 +206,21 @@ class LiveRun:
             self._control.notify_all()
 
     def _may_go_on(self) -> bool:
-        """Blocks while paused; False once the run should stop."""
-        with self._control:
-            while self._wanted == "pause":
-                self._change("paused")
-                self._control.wait()
-            if self._wanted == "stop":
+        """Blocks while paused; False once the run should stop. Callbacks are called without the lock: they may do anything."""
+        while True:
+            with self._control:
+                while self._wanted == "pause" and self._state == "paused":
+                    self._control.wait()
+                wanted = self._wanted
+                if wanted == "step":
+                    self._steps_asked -= 1
+                    if not self._steps_asked:
+                        self._wanted = "pause"
+            if wanted == "stop":
                 return False
-            self._change("running")
-            if self._wanted == "step":
-                self._steps_asked -= 1
-                if not self._steps_asked:
-                    self._wanted = "pause"
-            return True
+            self._change("paused" if wanted == "pause" else "running")
+            if wanted != "pause":
+                return True
 
     def _change(self, state: State) -> None:
         if state != self._state:
@@ -228,11 +243,13 @@ class LiveRun:
                     final = self._generate()
             else:
                 final = self._generate()
-        except WorkbenchError as error:
-            self.error, final = str(error), "failed"
-        except Exception as error:
-            self.error, final = f"the run failed ({type(error).__name__}: {error}); what was recorded before is kept", "failed"
+        except BaseException as error:  # nobody else would hear of it in this thread
+            reason, final = " ".join(str(error).split()), "failed"
+            if not isinstance(error, WorkbenchError):
+                reason = f"the run failed ({type(error).__name__}: {reason}); what was recorded before is kept"
+            self.error = reason
         self._change(final)
+        self._over.set()
 
     def _generate(self) -> State:
         cache = self.model.new_cache()

@@ -17,8 +17,8 @@ import torch
 from workbench.errors import InputError
 from workbench.live import encode
 from workbench.model.transformer import V4Model
-from workbench.runtime import device_name
-from workbench.trace import Trace
+from workbench.runtime import device_name, threads_for_run, use_threads
+from workbench.trace import LayerTrace, Trace
 from workbench.training import score, tasks
 
 MAX_TOKENS = 4096
@@ -36,12 +36,13 @@ class Needle:
     key: str
     value: str
     value_ids: tuple[int, ...]  # the tokens a right answer has
+    queries: tuple[int, ...]  # tokens of the question that may look the value up: its end, and the key in it
 
     @property
     def notes(self) -> dict[str, Any]:
         """What a trace remembers of it."""
         told = {"position": self.position, "key": self.key, "value": self.value, "value_ids": list(self.value_ids)}
-        return {"needle": told}
+        return {"needle": told | {"queries": list(self.queries)}}
 
 
 def sample_text() -> str:
@@ -86,48 +87,62 @@ def hide_needle(
         raise InputError(f"the text has {len(filler)} tokens, and with the needle at most {most} fit; cut it with tokens=")
     cut = round(depth * len(filler))
     ids = (*filler[:cut], *record, *filler[cut:], *asked)
-    return Needle(ids, cut + holds[0], key, value, tuple(record[i] for i in holds))
+    upto_key = encode(model, question[: question.index("{key}")] + key) if "{key}" in question else asked
+    end, named = len(ids) - 1, len(ids) - len(asked) + len(upto_key) - 1  # the question's last token, and its key's
+    return Needle(ids, cut + holds[0], key, value, tuple(record[i] for i in holds), tuple(sorted({end, named}, reverse=True)))
 
 
 def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     """How a finished or running trace answered: the answer, and per CSA layer whether the needle's entry was kept, and why.
 
-    ``best_layer`` is the one whose indexer ranked the needle highest. A value's first token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1
-    among all visible entries by index score, None while the needle is too near to be in a finished entry; ``chance`` is the
-    probability that as many random entries contain one of the two. Raises InputError for a trace without a needle.
+    The value may be looked up at the question's end or as soon as the key is named: ``query`` is the token, of these two, whose
+    indexer ranked the needle higher, layer by layer; ``best_layer`` and ``best_query`` the highest of all. A value's first
+    token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1 among all visible
+    entries by index score, None while the needle is too near to be in a finished entry; ``chance`` is the probability that as
+    many random entries contain one of the two. Raises InputError for a trace without a needle.
     """
     notes = trace.notes.get("needle") if needle is None else needle.notes["needle"]
-    if not isinstance(notes, dict) or not {"position", "value", "value_ids"} <= notes.keys():
+    if not isinstance(notes, dict) or not {"position", "value", "value_ids", "queries"} <= notes.keys():
         raise InputError("this trace has no needle; make the prompt with wb.hide_needle")
     asked = trace.prompt_length - 1
     layers: list[dict[str, Any]] = []
     for layer in trace.layers:
         if layer.kind != "csa" or trace.length <= asked or layer.selected is None:
             continue
-        scores, kept = layer.index_scores(asked), layer.selected[asked]
-        block = int(notes["position"]) // layer.ratio
-        right = [e for e in (block, block + 1) if e < len(scores)]
-        columns = np.flatnonzero(np.isin(kept, right)).tolist()
-        heads = layer.selected_probs[asked].astype(np.float32) if layer.selected_probs is not None else np.zeros((1, len(kept)))
-        layers.append(
-            {
-                "layer": layer.layer,
-                "entries": right,
-                "visible": len(scores),
-                "kept": int((kept >= 0).sum()),
-                "found": bool(columns),
-                "rank": min((1 + int((scores > scores[e]).sum()) for e in right), default=None),
-                "best_head_probability": float(heads[:, columns].sum(1).max()) if columns else 0.0,
-                "chance": chance(len(scores), int((kept >= 0).sum()), len(right)),
-            }
-        )
+        looks = [_look(layer, int(t), int(notes["position"])) for t in notes["queries"]]
+        layers.append(min(looks, key=lambda look: math.inf if look["rank"] is None else look["rank"]))
     ranked = [layer for layer in layers if layer["rank"] is not None]
-    best = min(ranked, key=lambda layer: layer["rank"])["layer"] if ranked else None
+    best = min(ranked, key=lambda layer: layer["rank"]) if ranked else {"layer": None, "query": asked}
     step = trace.step_of_token(asked) if trace.steps and trace.length > asked else len(trace.next_ids)
     expected = [int(i) for i in notes["value_ids"]]
     chosen = [int(i) for i in trace.next_ids[step:] if i >= 0][: len(expected)]
     answer = "".join(trace.token_texts[asked + 1 : asked + 1 + len(chosen)]).strip() if chosen else None
-    return {"expected": notes["value"], "answer": answer, "right": chosen == expected, "best_layer": best, "layers": layers}
+    return {"expected": notes["value"], "answer": answer, "right": chosen == expected} | {
+        "best_layer": best["layer"],
+        "best_query": best["query"],
+        "layers": layers,
+    }
+
+
+def _look(layer: LayerTrace, query: int, position: int) -> dict[str, Any]:
+    """What one query of a CSA layer made of the needle whose value stands at ``position``."""
+    assert layer.selected is not None and layer.selected_probs is not None
+    scores, kept = layer.index_scores(query), layer.selected[query]
+    block = position // layer.ratio
+    right = [e for e in (block, block + 1) if e < len(scores)]
+    columns = np.flatnonzero(np.isin(kept, right)).tolist()
+    heads = layer.selected_probs[query].astype(np.float32)  # [H, K]
+    return {
+        "layer": layer.layer,
+        "query": query,
+        "entries": right,
+        "visible": len(scores),
+        "kept": int((kept >= 0).sum()),
+        "found": bool(columns),
+        "rank": min((1 + int((scores > scores[e]).sum()) for e in right), default=None),
+        "best_head_probability": float(heads[:, columns].sum(1).max()) if columns else 0.0,
+        "chance": chance(len(scores), int((kept >= 0).sum()), len(right)),
+    }
 
 
 def chance(visible: int, kept: int, right: int = 2) -> float:
@@ -144,18 +159,23 @@ def needle_rates(model: V4Model, topk: int | None = None, *, sequences: int = 12
     """
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer, so no needle can be written for it; load a shipped model")
+    use_threads(threads_for_run())  # small matrices: more threads mostly wait for each other
     held = np.asarray(encode(model, sample_text()))
     stream = tasks.RecallStream.asked_once(model.tokenizer, held)
     batches = [stream.batch(np.random.default_rng(seed), sequences, STREAM_TOKENS)]
     k = topk or model.config.index_topk
     answers, hits = score.recall(model, batches, topk=k), score.needle_hits(model, batches, k, topk=k)
+    best: dict[int, float] = {}
+    for name, rate in hits.items():  # by layer, at whichever of the two queries looks the value up
+        layer = int(name.split()[0])
+        best[layer] = max(rate, best.get(layer, 0.0))
     return {
         "model": _label(model),
         "topk": k,
         "questions": answers["questions"],
         "recall": answers["far"],
         "recall_chance": 1 / len(tasks.VALUES),
-        "hits": {int(layer): rate for layer, rate in hits.items()},
+        "hits": best,
         "hit_chance": score.chance_hits(model, batches, k),
     }
 
@@ -182,10 +202,12 @@ def needle_trials(
         raise InputError(
             f"needs at least 1 trial, 1 digit and {4 * far} tokens, got {trials} trials, {digits} digits, {tokens} tokens"
         )
+    use_threads(threads_for_run())
     rng, text = np.random.default_rng(seed), sample_text()
     k = topk or model.config.index_topk
     right, luck = 0, []
-    hits = {layer: 0 for layer, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
+    csa = [layer for layer, kind in enumerate(model.config.layer_kinds) if kind == "csa"]
+    hits = {(layer, query): 0 for layer in csa for query in (0, 1)}  # at the question's end, and where it names the key
     for trial in range(trials):
         start, key = int(rng.integers(len(text) - 8 * tokens)), str(rng.choice(tasks.KEYS))
         value = str(int(10 ** (digits - 1) + rng.random() * 9 * 10 ** (digits - 1)))
@@ -198,7 +220,8 @@ def needle_trials(
             guesses = model(line.to(model.device), topk=k)[0].argmax(-1).cpu()
         right += guesses[asked:-1].tolist() == list(needle.value_ids)
         for layer, entries in score.selected_entries(model, line[:, : asked + 1], k).items():
-            hits[layer] += bool({block, block + 1} & set(entries[0, asked].tolist()))
+            for query, t in enumerate((needle.queries[0], needle.queries[-1])):
+                hits[layer, query] += bool({block, block + 1} & set(entries[0, t].tolist()))
         visible = (asked + 1) // model.config.csa_ratio
         luck.append(chance(visible, min(k, visible)))
     return {
@@ -207,7 +230,7 @@ def needle_trials(
         "questions": trials,
         "recall": right / trials,
         "recall_chance": 1 / (9 * 10 ** (digits - 1)),
-        "hits": {layer: count / trials for layer, count in hits.items()},
+        "hits": {layer: max(hits[layer, 0], hits[layer, 1]) / trials for layer in csa},
         "hit_chance": float(np.mean(luck)),
     }
 

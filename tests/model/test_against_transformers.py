@@ -20,7 +20,15 @@ from workbench.model.transformer import V4Model
 LENGTHS = (1, 2, 3, 5, 7, 11, 16, 17, 31, 32, 33, 47, 59, 64, 67, 83, 97, 101, 127, 131, 173, 211, 257, 300)
 TOLERANCE = 1e-4  # float32 against float64 differs by up to 1e-5, a wrong entry or weight by 1e-2 and more
 LEAST_GAP = 1e-6  # of index scores that decide a selection; float32 rounding of a score is about 1e-7
-SCHEDULES: tuple[list[str] | None, ...] = (None, [CSA, CSA], [HCA, HCA, HCA], [WINDOW], [CSA], [WINDOW, HCA], [HCA, CSA, WINDOW, CSA])
+SCHEDULES: tuple[list[str] | None, ...] = (
+    None,
+    [CSA, CSA],
+    [HCA, HCA, HCA],
+    [WINDOW],
+    [CSA],
+    [WINDOW, HCA],
+    [HCA, CSA, WINDOW, CSA],
+)
 
 
 def case(seed: int) -> tuple[dict[str, Any], int, int]:

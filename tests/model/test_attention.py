@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.slow_reference import CONFIG, ENGRAM, SlowV4, in_pieces, random_config, random_ids, random_model, random_pieces, softmax
+from tests.slow_reference import (
+    CONFIG,
+    ENGRAM,
+    SlowV4,
+    in_pieces,
+    random_config,
+    random_ids,
+    random_model,
+    random_pieces,
+    softmax,
+)
 from workbench.errors import InputError
 from workbench.model.attention.core import attend, window_rows
 
@@ -168,7 +178,7 @@ def test_a_long_prefill_never_holds_queries_times_entries_times_heads(kind):
         mlp_kinds=("hash",),
         moe_intermediate_size=4,
         n_routed_experts=2,
-        index_n_heads=heads,
+        index_n_heads=4 * heads,
         index_head_dim=4,
         index_topk=512,
         csa_ratio=ratio,

@@ -78,7 +78,7 @@ def test_rows_equal_the_slow_ones_with_any_look_back(size):
         for cut in (0, 1, 2, 5, 22):  # decoding has at most size - 1 ids to look back at
             past = line[:, max(0, cut - size + 1) : cut]
             assert hashed(line[:, cut:], past, pad)[0].tolist() == slow[cut:]
-        assert 0 <= min(map(min, slow)) and max(map(max, slow)) < hashed.rows
+        assert min(map(min, slow)) >= 0 and max(map(max, slow)) < hashed.rows
 
 
 def test_every_column_reads_its_own_part_of_the_table():

@@ -69,9 +69,7 @@ def test_reading_and_writing_equal_the_equations():
             a = slow.sinkhorn(z[2 * m :].reshape(m, m), CONFIG.hc_sinkhorn_iters, CONFIG.hc_eps)
             np.testing.assert_allclose(mix[b, t], a, atol=1e-5)
             np.testing.assert_allclose(x[b, t], (slow.sigmoid(z[:m]) + CONFIG.hc_eps) @ one, atol=1e-5)
-            written = [
-                2 * slow.sigmoid(z[m + k]) * y[b, t].numpy() + sum(a[j, k] * one[j] for j in range(m)) for k in range(m)
-            ]
+            written = [2 * slow.sigmoid(z[m + k]) * y[b, t].numpy() + sum(a[j, k] * one[j] for j in range(m)) for k in range(m)]
             np.testing.assert_allclose(out[b, t], np.stack(written), atol=1e-5)
 
 

@@ -22,10 +22,7 @@ def by_hand(moe: MoE, x: torch.Tensor, ids: torch.Tensor, limit: float) -> np.nd
     out = []
     for token, one in zip(ids.flatten().tolist(), x.flatten(0, -2).double().numpy(), strict=True):
         scores = np.sqrt(np.log1p(np.exp(w["gate.weight"] @ one)))
-        if moe.gate.hashed:
-            chosen = w["gate.tid2eid"][token]
-        else:
-            chosen = np.argsort(-(scores + w["gate.bias"]))[: moe.gate.k]
+        chosen = w["gate.tid2eid"][token] if moe.gate.hashed else np.argsort(-(scores + w["gate.bias"]))[: moe.gate.k]
         y = slow.expert(one, *(w[f"shared_experts.{name}.weight"] for name in ("w1", "w3", "w2")), limit)
         for e in chosen:
             share = scores[e] / scores[chosen].sum() * moe.gate.scaling

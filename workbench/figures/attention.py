@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ TILE_BYTES = 180_000  # a notebook keeps pictures as base64, a third larger, and
 THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 5_000, 56
 MAX_CELL_PIXELS = 32
 MAX_POINTS = 256  # bars of one kind in a chart; more are pooled by their maximum
+TITLE_WIDTH = 54  # characters that fit a chart beside a map
 CHUNK_VALUES = 1 << 22  # probabilities worked on at once
 
 
@@ -432,10 +434,12 @@ def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.
     if indexed:
         _add_scores(fig, record, token)
     _add_probs(fig, record, token, head, 2 if indexed else 1)
-    text = style.chart_text(style.visible_text(trace.token_texts[token]))
-    heading = f"{style.chart_text(trace.label)}<br>layer {layer} ({describe_layer(record)}), "
-    style.styled(fig, heading + f"{describe_head(head)}: query token {token} “{text}”", 400 if indexed else 260)
-    fig.update_layout(bargap=0, barmode="overlay", margin_t=88)  # room for two lines of legend
+    text = style.visible_text(trace.token_texts[token])
+    heading = f"layer {layer} ({describe_layer(record)}), {describe_head(head)}: query token {token} “{text}”"
+    lines = [*wrap(trace.label, TITLE_WIDTH), *wrap(heading, TITLE_WIDTH)]
+    above = 14 + 17 * len(lines) + 62  # the title and three lines of legend
+    style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + (310 if indexed else 170))
+    fig.update_layout(bargap=0, barmode="overlay", margin_t=above)
     fig.update_xaxes(title_text="token position", row=2 if indexed else 1, col=1)
     return fig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+import numpy as np
 import plotly.graph_objects as go
 
 from workbench import cost
@@ -16,13 +17,15 @@ PART_COLOURS = {"window": BLUE, "compressed": ORANGE, "index": GREEN, "tail": PI
 MODELLED_POINTS = 200  # of a formula's curve; enough to show where the window fills
 MEASURED_POINTS = 400  # steps drawn of a longer run, which keeps the chart well under its byte budget
 GQA_HEADS = 8
+HEADROOM = 1.5  # height of the linear axis over what was held at most
 
 
 def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go.Figure:
     """Bytes held after each step, part upon part, against tokens; beside them what dense caches would hold.
 
     The areas are what ``trace.cache_bytes`` counted; the lines marked "formula" come from ``workbench.cost`` and start at
-    token 1, also for a prompt read in one step. ``log`` draws the parts as lines, because areas stacked on a logarithmic
+    token 1, also for a prompt read in one step. The linear axis ends a little above what was held, so that parts can be told
+    apart; dense caches soon leave it. ``log`` shows them whole and draws parts as lines, because areas stacked on a logarithmic
     axis mislead. ``step`` is marked with a vertical line. InputError for a step the trace does not have.
     """
     steps = sorted({round(i * (trace.steps - 1) / MEASURED_POINTS) for i in range(MEASURED_POINTS + 1)} if trace.steps else [])
@@ -55,9 +58,13 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
     title = f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}"
     if config is not None:
         title += "<br>MHA and GQA-8 of the same width: as many layers, query heads and dimensions a head"
+        title += "" if log else "; they leave this axis at its top"
     styled(fig, title, height=540)
     fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
     fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
+    if not log and steps:  # the dense caches would press the parts flat: here they leave at the top
+        room = trace.cache_reserved if len(trace.cache_reserved) else np.zeros(trace.steps)
+        fig.update_yaxes(range=[0, HEADROOM * max(_held(trace, s) + int(room[s]) for s in steps)])
     below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
     return fig.update_layout(
         hovermode="x unified",

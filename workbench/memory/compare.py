@@ -16,7 +16,7 @@ from workbench.errors import InputError, WorkbenchError
 from workbench.memory.prefetch import RowFetcher
 from workbench.model.transformer import V4Model
 from workbench.recorder import Recorder
-from workbench.runtime import cores, device_name, threads_for_run, use_threads
+from workbench.runtime import device_name, threads_for_run, use_threads
 from workbench.trace import Timeline
 
 ROUNDS = 3
@@ -110,9 +110,7 @@ def _measure(model: V4Model, ids: torch.Tensor, policy: str, note: str) -> Timel
         model(ids, cache, logits="last", prefetch=policy)
     recorder.finish_step(ids.shape[1], cache)
     kind = "both on this CPU's cores" if model.device.type == "cpu" else "compute on the accelerator"
-    return Timeline(
-        "measured", recorder.timeline_since(start), device_name(str(model.device)), f"{note}; {kind}"
-    )
+    return Timeline("measured", recorder.timeline_since(start), device_name(str(model.device)), f"{note}; {kind}")
 
 
 def _duration(timeline: Timeline) -> float:

@@ -61,7 +61,11 @@ def selected_entries(model: V4Model, ids: torch.Tensor, topk: int | None = None)
 
 
 def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int, topk: int | None = None) -> dict[str, float]:
-    """Share of far questions whose needle's entry is among the k best, per CSA layer, and what k random entries would find."""
+    """Share of far questions whose needle's entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
+
+    Per CSA layer and per query that may look it up: the key, next to last in the question, or the question's end. A model may
+    fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the end.
+    """
     found: dict[str, list[np.ndarray]] = {}
     ratio = model.config.csa_ratio
     for batch in batches:
@@ -70,9 +74,10 @@ def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int, to
         distant = t - needle > far_distance(model)
         row, t, block = row[distant], t[distant], needle[distant] // ratio
         for layer, entries in selected_entries(model, torch.from_numpy(batch.ids), topk).items():
-            best = entries[row, t, :k]
-            hit = ((best == block[:, None]) | (best == block[:, None] + 1)).any(1)
-            found.setdefault(str(layer), []).append(hit)
+            for query, back in (("key", 1), ("end", 0)):
+                best = entries[row, t - back, :k]
+                hit = ((best == block[:, None]) | (best == block[:, None] + 1)).any(1)
+                found.setdefault(f"{layer} {query}", []).append(hit)
     return {layer: float(np.concatenate(hits).mean()) for layer, hits in found.items()}
 
 

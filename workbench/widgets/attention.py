@@ -176,10 +176,20 @@ class AttentionExplorer(ipw.VBox):
                 return
             whole = whole_ranges(self.tile.layer, self.view.value)
             old = self.tile.row_range, self.tile.column_range
-            at = self._at or (self.session.token, sum(old[1]) // 2)
+            at = self._at or self._strongest(whole[1])
             rows, columns = (zoomed(r, w, a, by) for r, w, a in zip(old, whole, at, strict=True))
             self._zoom = None if (rows, columns) == whole else (rows, columns)
         self._redraw()
+
+    def _strongest(self, columns: Range) -> tuple[int, int]:
+        """The chosen query and, of ``columns``, the one it attends to most: where to zoom before anybody has pointed."""
+        assert self.tile is not None
+        token = min(self.session.token, self.tile.layer.length - 1)
+        if self.tile.composite:
+            return token, token
+        seen, probs, _ = source_probs(self.tile.layer, self.tile.head, token)
+        inside = (seen >= columns[0]) & (seen < columns[1])
+        return token, int(seen[inside][probs[inside].argmax()]) if inside.any() else sum(columns) // 2
 
     # Drawing: every part remembers what it was drawn from and is drawn again only if that changed.
 

@@ -165,7 +165,7 @@ class HideANeedle(ipw.VBox):
             self.session.show(trace)
             if found["best_layer"] is not None:
                 self.session.layer = found["best_layer"]
-            self.session.choose_token(asked)
+            self.session.choose_token(found["best_query"])
 
     def _show_answers(self, answers: list[tuple[Trace, dict[str, Any]]]) -> None:
         self.result.value = f"<div role='status' aria-live='polite'>{needle_html(answers)}</div>"
@@ -204,12 +204,13 @@ def needle_html(answers: list[tuple[Trace, dict[str, Any]]]) -> str:
             place = "still in the window" if layer["rank"] is None else f"rank {layer['rank']} of {layer['visible']}"
             kept = f"{'kept' if layer['found'] else 'left out'} (top {layer['kept']})"
             share = f"{layer['best_head_probability']:.0%}" if layer["found"] else "–"
-            rows.append([*lead, str(layer["layer"]), place, kept, f"{layer['chance']:.1%}", share])
+            query = f"“{trace.token_texts[layer['query']].strip()}”"
+            rows.append([*lead, str(layer["layer"]), query, place, kept, f"{layer['chance']:.1%}", share])
             lead = ["", ""]
         if not found["layers"]:
-            rows.append([*lead, "–", "–", "–", "–", "–"])
-    head = ("model", "answer", "CSA layer", "needle's entry, by index score", "kept?", "chance to keep it by luck",
-            "most attention a head gives it")  # fmt: skip
+            rows.append([*lead, *"––––––"])
+    head = ("model", "answer", "CSA layer", "looked up at", "needle's entry, by index score", "kept?",
+            "chance to keep it by luck", "most attention a head gives it")  # fmt: skip
     return _table(f"Hidden: “{answers[0][1]['expected']}”.", head, rows)
 
 

@@ -47,7 +47,7 @@ class OverlapTimeline(ipw.VBox):
         self.progress = ipw.FloatProgress(max=1.0, description="Progress", layout=ipw.Layout(visibility="hidden"))
         self.status, self.comparison_view = ipw.HTML(), ipw.Output()
         self.comparison: Any = None
-        self._compare = compare
+        self._comparer = compare
         self._stop = threading.Event()
         self._drawn: tuple[Any, ...] = ()
         buttons = ipw.HBox([self.start, self.stop, self.progress], layout=ipw.Layout(flex_flow="row wrap"))
@@ -72,7 +72,7 @@ class OverlapTimeline(ipw.VBox):
             self.numbers.value = f"<p>{escape(_run_numbers(trace))}</p>"
 
     def _begin(self, _: ipw.Button) -> None:
-        run, compare = self.session.run, self._compare
+        run, compare = self.session.run, self._comparer
         if compare is None:
             if run is None:
                 self._say("There is no model to measure in a recording: start a run first, or give compare=.")

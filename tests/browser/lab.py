@@ -1,0 +1,175 @@
+"""A real JupyterLab and a real Chromium for the browser tests, both isolated from what else runs on the machine.
+
+The server has its own Jupyter folders, a random token and listens on this machine only; the page writes down every error, and
+every request that leaves the machine. Everything waits on conditions, with limits generous enough for a busy two-core machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+ROOT = Path(__file__).parents[2]
+LIMIT_MS = 120_000
+FOLDERS = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR", "LAB_SETTINGS_DIR", "LAB_WORKSPACES_DIR")
+CHROMIUM = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")
+# Part of a console message or page error -> why it does not matter here. Anything else fails the test.
+HARMLESS: dict[str, str] = {}
+# Runs all cells once the kernel has answered: before that the command reports success and cells stay unexecuted.
+RUN_ALL = """async () => {
+    const panel = window.jupyterapp.shell.currentWidget;
+    await panel.context.ready;
+    await panel.sessionContext.ready;
+    await panel.sessionContext.session.kernel.info;
+    window.ranAll = null;
+    window.jupyterapp.commands.execute("notebook:run-all-cells").then((ok) => { window.ranAll = String(ok); });
+}"""
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map((e) => e.innerText.trim())"
+
+
+@contextmanager
+def serve(notebook: Path, folder: Path, theme: str = "JupyterLab Light") -> Iterator[str]:
+    """A JupyterLab over a copy of ``notebook``; gives the address that opens it, token included, and stops it at the end."""
+    root = folder / "root"
+    root.mkdir()
+    shutil.copy(notebook, root)  # JupyterLab saves into the file it opened
+    places = {f"JUPYTER_{name}".replace("JUPYTER_LAB_", "JUPYTERLAB_"): folder / name.lower() for name in FOLDERS}
+    environment = {**os.environ, **{name: str(path) for name, path in places.items()}, "IPYTHONDIR": str(folder / "ipython")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    settings = places["JUPYTERLAB_SETTINGS_DIR"] / "@jupyterlab"
+    for plugin, values in {
+        "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is attached, also those off screen
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
+        "apputils-extension/themes": {"theme": theme},
+    }.items():
+        path = settings / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
+    command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}"]
+    command += ["--LabApp.expose_app_in_browser=True", *(["--allow-root"] if os.geteuid() == 0 else [])]
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=folder)
+        try:
+            _wait_for_server(f"http://127.0.0.1:{port}/api/status?token={token}", server, log)
+            yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token={token}"
+        finally:
+            server.terminate()  # it ends its kernels, too
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _wait_for_server(url: str, server: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + LIMIT_MS / 1000
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            alive = server.poll() is None
+            assert alive and time.monotonic() < end, f"JupyterLab did not start: {log.read_text(errors='replace')[-2000:]}"
+            time.sleep(0.2)
+
+
+class Browser:
+    """One page of one notebook, and everything that went wrong in it (``problems``)."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.problems: list[str] = []
+        page.set_default_timeout(LIMIT_MS)
+        page.on("pageerror", lambda error: self._note(f"page error: {error}"))
+        page.on("console", lambda message: self._note(f"console: {message.text}") if message.type == "error" else None)
+        page.on("requestfailed", lambda request: self._note(f"failed request: {request.url} ({request.failure})"))
+        page.on("request", lambda request: None if request.url.startswith(LOCAL) else self._note(f"foreign: {request.url}"))
+
+    def _note(self, problem: str) -> None:
+        if not any(known in problem for known in HARMLESS):
+            self.problems.append(problem)
+
+    def open_and_run_all(self, url: str) -> None:
+        """Open the notebook and return when all its cells have run."""
+        self.page.goto(url)
+        self.page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext")
+        self.page.evaluate(RUN_ALL)
+        self.page.wait_for_function("window.ranAll !== null")
+        self.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+
+    def prompts(self) -> list[str]:
+        """"[3]:" of every code cell."""
+        return self.page.evaluate(PROMPTS)
+
+    def cell(self, source: str) -> Locator:
+        """The code cell whose source contains ``source``."""
+        return self.page.locator(".jp-CodeCell").filter(has=self.page.locator(".cm-content", has_text=source)).first
+
+    def until(self, condition: str, what: str, argument: Any = None) -> None:
+        """Wait until a JavaScript condition holds; fails saying ``what`` did not happen."""
+        from playwright.sync_api import TimeoutError as TooLate
+
+        try:
+            self.page.wait_for_function(condition, arg=argument)
+        except TooLate:
+            raise AssertionError(f"did not happen: {what}; problems so far: {self.problems}") from None
+
+    def press(self, scope: Locator, name: str) -> None:
+        scope.get_by_role("button", name=name, exact=True).first.click()
+
+    def screenshot(self, name: str) -> None:
+        """Into the folder that WORKBENCH_SCREENSHOTS names, if it is set."""
+        folder = os.environ.get("WORKBENCH_SCREENSHOTS")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+@contextmanager
+def browse(chromium: str, folder: Path, slowdown: float = 1) -> Iterator[Browser]:
+    """A fresh Chromium profile with one page; ``slowdown`` 4 makes its processor four times slower."""
+    from playwright.sync_api import sync_playwright
+
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(folder / "profile"),
+            headless=True,
+            executable_path=chromium,
+            args=[*CHROMIUM, *sandbox],
+            viewport={"width": 1280, "height": 1000},
+        )
+        try:
+            page = context.pages[0]
+            if slowdown != 1:
+                context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": slowdown})
+            yield Browser(page)
+        finally:
+            context.close()
