@@ -85,11 +85,19 @@ def hide_needle(
     if room < 0 or len(filler) > room:
         most = max(0, room)
         raise InputError(f"the text has {len(filler)} tokens, and with the needle at most {most} fit; cut it with tokens=")
-    cut = round(depth * len(filler))
+    cut = _word_start(model, filler, round(depth * len(filler)))
     ids = (*filler[:cut], *record, *filler[cut:], *asked)
     upto_key = encode(model, question[: question.index("{key}")] + key) if "{key}" in question else asked
     end, named = len(ids) - 1, len(ids) - len(asked) + len(upto_key) - 1  # the question's last token, and its key's
     return Needle(ids, cut + holds[0], key, value, tuple(record[i] for i in holds), tuple(sorted({end, named}, reverse=True)))
+
+
+def _word_start(model: V4Model, ids: list[int], at: int) -> int:
+    """The next place from ``at`` on where a word begins, so that the sentence does not split one; ``at`` if none is near."""
+    for place in range(at, min(at + 8, len(ids)) if at else 0):
+        if model.tokenizer.decode([ids[place]])[:1].isspace():  # type: ignore[union-attr]
+            return place
+    return at
 
 
 def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     indexer ranked the needle higher, layer by layer; ``best_layer`` and ``best_query`` the highest of all. A value's first
     token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1 among all visible
     entries by index score, None while the needle is too near to be in a finished entry; ``chance`` is the probability that as
-    many random entries contain one of the two. Raises InputError for a trace without a needle.
+    many random entries contain one of the two, for at least one of the two queries. InputError for a trace without a needle.
     """
     notes = trace.notes.get("needle") if needle is None else needle.notes["needle"]
     if not isinstance(notes, dict) or not {"position", "value", "value_ids", "queries"} <= notes.keys():
@@ -110,7 +118,8 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
         if layer.kind != "csa" or trace.length <= asked or layer.selected is None:
             continue
         looks = [_look(layer, int(t), int(notes["position"])) for t in notes["queries"]]
-        layers.append(min(looks, key=lambda look: math.inf if look["rank"] is None else look["rank"]))
+        best_look = min(looks, key=lambda look: math.inf if look["rank"] is None else look["rank"])
+        layers.append(best_look | {"chance": 1 - math.prod(1 - look["chance"] for look in looks)})
     ranked = [layer for layer in layers if layer["rank"] is not None]
     best = min(ranked, key=lambda layer: layer["rank"]) if ranked else {"layer": None, "query": asked}
     step = trace.step_of_token(asked) if trace.steps and trace.length > asked else len(trace.next_ids)
@@ -152,10 +161,11 @@ def chance(visible: int, kept: int, right: int = 2) -> float:
 
 
 def needle_rates(model: V4Model, topk: int | None = None, *, sequences: int = 12, seed: int = 7) -> dict[str, Any]:
-    """Far recall and each CSA layer's hit rate on ``sequences`` held-out streams of 256 tokens, chance beside them.
+    """Far recall and the indexers' hit rates on ``sequences`` held-out streams of 256 tokens, chance beside them.
 
-    Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``questions`` says how many there
-    were; the rest are shares of them. Raises InputError for a model without a tokenizer.
+    Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``hits`` has one rate for each CSA
+    layer and each query that may look a value up, the key ("1 key") and the question's end ("1 end"); ``hit_chance`` is that of
+    any one of them. ``questions`` says how many there were. Raises InputError for a model without a tokenizer.
     """
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer, so no needle can be written for it; load a shipped model")
@@ -165,17 +175,13 @@ def needle_rates(model: V4Model, topk: int | None = None, *, sequences: int = 12
     batches = [stream.batch(np.random.default_rng(seed), sequences, STREAM_TOKENS)]
     k = topk or model.config.index_topk
     answers, hits = score.recall(model, batches, topk=k), score.needle_hits(model, batches, k, topk=k)
-    best: dict[int, float] = {}
-    for name, rate in hits.items():  # by layer, at whichever of the two queries looks the value up
-        layer = int(name.split()[0])
-        best[layer] = max(rate, best.get(layer, 0.0))
     return {
         "model": _label(model),
         "topk": k,
         "questions": answers["questions"],
         "recall": answers["far"],
         "recall_chance": 1 / len(tasks.VALUES),
-        "hits": best,
+        "hits": hits,
         "hit_chance": score.chance_hits(model, batches, k),
     }
 
@@ -207,7 +213,7 @@ def needle_trials(
     k = topk or model.config.index_topk
     right, luck = 0, []
     csa = [layer for layer, kind in enumerate(model.config.layer_kinds) if kind == "csa"]
-    hits = {(layer, query): 0 for layer in csa for query in (0, 1)}  # at the question's end, and where it names the key
+    hits = {f"{layer} {query}": 0 for layer in csa for query in ("key", "end")}
     for trial in range(trials):
         start, key = int(rng.integers(len(text) - 8 * tokens)), str(rng.choice(tasks.KEYS))
         value = str(int(10 ** (digits - 1) + rng.random() * 9 * 10 ** (digits - 1)))
@@ -220,8 +226,8 @@ def needle_trials(
             guesses = model(line.to(model.device), topk=k)[0].argmax(-1).cpu()
         right += guesses[asked:-1].tolist() == list(needle.value_ids)
         for layer, entries in score.selected_entries(model, line[:, : asked + 1], k).items():
-            for query, t in enumerate((needle.queries[0], needle.queries[-1])):
-                hits[layer, query] += bool({block, block + 1} & set(entries[0, t].tolist()))
+            for query, t in (("key", needle.queries[-1]), ("end", asked)):
+                hits[f"{layer} {query}"] += bool({block, block + 1} & set(entries[0, t].tolist()))
         visible = (asked + 1) // model.config.csa_ratio
         luck.append(chance(visible, min(k, visible)))
     return {
@@ -230,7 +236,7 @@ def needle_trials(
         "questions": trials,
         "recall": right / trials,
         "recall_chance": 1 / (9 * 10 ** (digits - 1)),
-        "hits": {layer: max(hits[layer, 0], hits[layer, 1]) / trials for layer in csa},
+        "hits": {name: count / trials for name, count in hits.items()},
         "hit_chance": float(np.mean(luck)),
     }
 

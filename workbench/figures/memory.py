@@ -63,8 +63,8 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
     fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
     fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
     if not log and steps:  # the dense caches would press the parts flat: here they leave at the top
-        room = trace.cache_reserved if len(trace.cache_reserved) else np.zeros(trace.steps)
-        fig.update_yaxes(range=[0, HEADROOM * max(_held(trace, s) + int(room[s]) for s in steps)])
+        reserved = trace.cache_reserved if len(trace.cache_reserved) else np.zeros(trace.steps)
+        fig.update_yaxes(range=[0, HEADROOM * max(_held(trace, s) + int(reserved[s]) for s in steps)])
     below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
     return fig.update_layout(
         hovermode="x unified",

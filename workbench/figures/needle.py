@@ -14,24 +14,29 @@ COLOURS = (BLUE, VERMILLION, GREEN, PINK)
 
 
 def needle_chart(rates: Mapping[str, Sequence[Mapping[str, Any]]], guess: float | None = None) -> go.Figure:
-    """Results of ``needle_rates`` by name, one per top-k: recall (filled) and the best CSA layer's hit rate (open), in percent.
+    """Results of ``needle_rates`` by name, one per top-k: recall (filled) and one indexer's hit rate (open), in percent.
 
-    ``guess`` is a reader's prediction, in percent, of the first model's recall at the smallest top-k. Raises InputError
-    without results.
+    That indexer is the layer and query where the first model's finds most, for every model the same. ``guess`` is a reader's
+    prediction, in percent, of the first model's recall at the smallest top-k. Raises InputError without results.
     """
     if not rates or not all(rates.values()):
         raise InputError("give at least one result of needle_rates for each name")
     fig = go.Figure()
+    first = next(iter(rates.values()))
+    best = max(first[0]["hits"], key=lambda look: sum(result["hits"][look] for result in first))  # the same for all models
     for (name, results), colour in zip(rates.items(), COLOURS, strict=False):
         ks = [result["topk"] for result in results]
-        best = max(results[0]["hits"], key=lambda layer: sum(r["hits"][layer] for r in results))
         lines = (
             (f"{name}: answered right", [r["recall"] for r in results], "solid", "circle"),
-            (f"{name}: layer {best} keeps the needle", [r["hits"][best] for r in results], "dash", "circle-open"),
+            (
+                f"{name}: layer {best.replace(' ', ', at the ')}, keeps it",
+                [r["hits"][best] for r in results],
+                "dash",
+                "circle-open",
+            ),
         )
         for label, shares, dash, symbol in lines:
             _add_line(fig, ks, shares, label, colour, dash, symbol)
-    first = next(iter(rates.values()))
     ks = [result["topk"] for result in first]
     _add_line(fig, ks, [r["hit_chance"] for r in first], "chance to keep it by luck", GREY, "dash", "circle-open")
     _add_line(fig, ks, [r["recall_chance"] for r in first], "chance to answer right", GREY, "dot", "circle")

@@ -37,8 +37,9 @@ def record_sample(model: str = MODEL, folder: Path = SHIPPED / "needle") -> Trac
     live.wait()
     if live.error:
         raise WorkbenchError(live.error)
-    trace = replace(live.trace, notes=live.trace.notes | needle.notes)
-    found = find_needle(trace)
+    found = find_needle(live.trace, needle)
+    first_look = {"look_at": {"token": found["best_query"], "layer": found["best_layer"]}}  # where widgets open
+    trace = replace(live.trace, notes=live.trace.notes | needle.notes | first_look)
     if not found["right"] or not any(layer["found"] for layer in found["layers"]):
         raise WorkbenchError(f"{model} answered {found['answer']!r} instead of {found['expected']!r}; nothing was saved")
     trace.save(folder, half=True)

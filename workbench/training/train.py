@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,8 +32,8 @@ from workbench.training.optimiser import optimisers
 from workbench.training.recipes import Phase, Recipe, recipe_named
 from workbench.training.score import needle_hits, recall, score_model, text_loss
 
-EVALUATE_EVERY, SAVE_EVERY = 50, 50
-STATE_FILE, PROGRESS_FILE = "resume.safetensors", "resume.json"
+EVALUATE_EVERY = 50  # steps; the state is saved as often, so an interrupt costs less than that
+STATE_FILE = "resume.safetensors"
 Progress = Callable[[str, float], None]
 Streams = tuple[tasks.RecallStream, tasks.RecallStream]  # many questions per key, and one
 
@@ -95,12 +96,14 @@ def indexer_loss(records: dict[int, list[Attention]]) -> Tensor:
             log_q = torch.log_softmax(record.selection.scores.masked_fill(~there, -1e9), dim=-1)
             kl = (target * (target.clamp(min=1e-9).log() - log_q)).masked_fill(~there, 0.0).sum(-1)
             losses.append((kl * mass.squeeze(-1)).sum() / mass.sum().clamp(min=1e-9))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean loss of predicting ids[t + 1] at the masked positions t."""
     where = mask[:, :-1]
+    if not where.any():
+        return logits.sum() * 0.0  # nothing was asked in this batch
     return F.cross_entropy(logits[:, :-1][where], ids[:, 1:][where])
 
 
@@ -108,8 +111,8 @@ def make_batch(recipe: Recipe, data: Data, streams: Streams, phase: Phase, step:
     """The batch of a step depends on seed and step alone, so an interrupted run goes on with the same data."""
     rng = np.random.default_rng([recipe.seed, step])
     plain, once = int(recipe.plain_share * phase.batch), math.ceil(recipe.once_share * phase.batch)
-    many, few = streams
-    parts = [many.batch(rng, phase.batch - plain - once, phase.length), few.batch(rng, once, phase.length)]
+    shares = zip(streams, (phase.batch - plain - once, once), strict=True)
+    parts = [stream.batch(rng, count, phase.length) for stream, count in shares if count]
     if plain:
         parts.append(tasks.plain_batch(rng, data.train_ids, plain, phase.length))
     columns = ("ids", "text_mask", "read_mask", "needle_position")
@@ -186,7 +189,7 @@ def train_step(
         part.step()
     with torch.no_grad():
         balance_routers(model, loads, recipe.balance)
-    return {"text": float(text), "reads": float(reads), "index_kl": float(index)}
+    return {"text": float(text.detach()), "reads": float(reads.detach()), "index_kl": float(index.detach())}
 
 
 def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -215,6 +218,12 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     model.train()
     while step < total:
         phase = recipe.phases[int(np.searchsorted(ends, step, side="right"))]
+        if phase is not recipe.phases[0] and not warmed_up(curve, recipe.phases[0]):
+            found = f"{best_hit(curve[-1]):.0%}" if curve else "an unknown share"
+            raise WorkbenchError(
+                f"after {step} steps the indexer finds {found} of the needles, the recipe wants "
+                f"{recipe.phases[0].hit_target:.0%} three times before it goes sparse; give the first phase more steps"
+            )
         for part, rates in zip(parts, base_rates, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(recipe, step, total)
@@ -227,11 +236,6 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
             point = {"step": step, "cpu_s": round(spent, 1), "dense": dense}
             curve.append(point | losses | quick_scores(model, data))
             _save_state(out, recipe, model, parts, {"step": step, "curve": curve, "cpu_s": spent})
-        if step == ends[0] and not warmed_up(curve, recipe.phases[0]):
-            raise WorkbenchError(
-                f"after {step} steps the indexer finds {best_hit(curve[-1]):.0%} of the needles, the recipe wants "
-                f"{recipe.phases[0].hit_target:.0%} before it goes sparse; give the first phase more steps"
-            )
     model.eval()
     model.what = "toy, trained"
     say("scoring", 1.0)
@@ -242,7 +246,6 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     (out / "curve.json").write_text(json.dumps(curve))
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     (out / STATE_FILE).unlink(missing_ok=True)
-    (out / PROGRESS_FILE).unlink(missing_ok=True)
     return scores
 
 
@@ -277,18 +280,19 @@ def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Te
 
 
 def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer], note: dict[str, Any]) -> None:
-    temporary = out / (STATE_FILE + ".part")
-    save_file(_tensors(model, parts), temporary, metadata={"step": str(note["step"])})
+    temporary = out / (STATE_FILE + ".part")  # tensors and note in one file, so that they can never disagree
+    metadata = {"note": json.dumps({"recipe": recipe.to_dict()} | note)}
+    save_file(_tensors(model, parts), temporary, metadata=metadata)
     temporary.replace(out / STATE_FILE)
-    (out / PROGRESS_FILE).write_text(json.dumps({"recipe": recipe.to_dict()} | note))
 
 
 def _resume(
     out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer]
 ) -> tuple[int, list[dict[str, Any]], float]:
-    if not (out / PROGRESS_FILE).exists() or not (out / STATE_FILE).exists():
+    if not (out / STATE_FILE).exists():
         return 0, [], 0.0
-    note = json.loads((out / PROGRESS_FILE).read_text())
+    with safe_open(out / STATE_FILE, "pt") as stored:
+        note = json.loads(stored.metadata()["note"])
     if note["recipe"] != json.loads(json.dumps(recipe.to_dict())):
         raise InputError(f"{out} holds an unfinished run of another recipe; choose another folder or start fresh")
     tensors = load_file(out / STATE_FILE)

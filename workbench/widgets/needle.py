@@ -91,7 +91,9 @@ class HideANeedle(ipw.VBox):
             self.key.value, self.value.value, self.tokens.value = needle.key, needle.value, len(needle.ids)
             self.depth.value = round(100 * needle.position / len(needle.ids))
         if needle is not None or "needle" in trace.notes:
-            self._show_answers([(trace, find_needle(trace, needle))])
+            found = find_needle(trace, needle)
+            self._show_answers([(trace, found)])
+            self._look_at(trace, found)
 
     def _show_sentence(self, change: Any = None) -> None:
         from workbench.training.tasks import needle, question
@@ -136,7 +138,7 @@ class HideANeedle(ipw.VBox):
                 answers.append(self._run(self._untrained, needle))
             found = [(trace, find_needle(trace, needle)) for trace in answers]
             self._show_answers(found)
-            self._look_at(found[0][0], found[0][1], len(needle.ids) - 1)
+            self._look_at(*found[0])
         except WorkbenchError as error:
             self._say(str(error))
         except Exception as error:  # the button must come back, and the reader must see why
@@ -157,14 +159,14 @@ class HideANeedle(ipw.VBox):
             raise WorkbenchError(live.error)
         return live.trace
 
-    def _look_at(self, trace: Trace, found: dict[str, Any], asked: int) -> None:
-        """Turn every view to the question's last token and to the layer that ranked the needle best."""
+    def _look_at(self, trace: Trace, found: dict[str, Any]) -> None:
+        """Turn every view to the query and the layer that ranked the needle best."""
         with self.session.lock:
-            if trace.length <= asked or self.session.run is None or self.session.run.trace is not trace:
+            current = self.session.trace if self.session.run is None else self.session.run.trace
+            if found["best_layer"] is None or current is not trace:
                 return  # stopped before the question, or another run was started meanwhile
             self.session.show(trace)
-            if found["best_layer"] is not None:
-                self.session.layer = found["best_layer"]
+            self.session.layer = found["best_layer"]
             self.session.choose_token(found["best_query"])
 
     def _show_answers(self, answers: list[tuple[Trace, dict[str, Any]]]) -> None:
@@ -211,15 +213,15 @@ def needle_html(answers: list[tuple[Trace, dict[str, Any]]]) -> str:
             rows.append([*lead, *"––––––"])
     head = ("model", "answer", "CSA layer", "looked up at", "needle's entry, by index score", "kept?",
             "chance to keep it by luck", "most attention a head gives it")  # fmt: skip
-    return _table(f"Hidden: “{answers[0][1]['expected']}”.", head, rows)
+    return _table(f"Hidden: the code “{answers[0][1]['expected']}”.", head, rows)
 
 
 def rates_html(rates: Mapping[str, Mapping[str, Any]]) -> str:
-    """Recall and each CSA layer's hit rate, in a column beside its chance; all text escaped."""
-    layers = sorted({layer for result in rates.values() for layer in result["hits"]})
+    """Recall and the indexers' hit rates, layer by layer and query by query, with their chance; all text escaped."""
+    looks = list(dict.fromkeys(look for result in rates.values() for look in result["hits"]))
     rows = []
     for name, result in rates.items():
-        hits = [f"{result['hits'][layer]:.0%}" if layer in result["hits"] else "–" for layer in layers]
+        hits = [f"{result['hits'][look]:.0%}" if look in result["hits"] else "–" for look in looks]
         answered = [str(result["questions"]), f"{result['recall']:.0%}", f"{result['recall_chance']:.1%}"]
         rows.append([name, f"top {result['topk']}", *answered, *hits, f"{result['hit_chance']:.0%}"])
     head = (
@@ -228,7 +230,7 @@ def rates_html(rates: Mapping[str, Mapping[str, Any]]) -> str:
         "questions",
         "answered right",
         "chance",
-        *(f"layer {n} keeps the needle" for n in layers),
+        *(f"layer {look.replace(' ', ' keeps it, at the ')}" for look in looks),
         "chance",
     )
     labels = "; ".join(dict.fromkeys(str(result["model"]) for result in rates.values()))

@@ -48,11 +48,20 @@ class Session(tl.HasTraits):
         self.lock = threading.RLock()
         if isinstance(source, Trace):
             self.show(source)
-            if source.length:  # open where the prompt ends: that query is the one somebody asked
-                self.choose_token(max(0, source.prompt_length - 1))
         else:
             self.attach(source)
         self.layer = next((x.layer for x in self.trace.layers if x.kind == "csa"), self.layer)
+        if isinstance(source, Trace) and source.length:
+            self._open(source)
+
+    def _open(self, trace: Trace) -> None:
+        """Where a recording opens: where its notes say to look, or where the prompt ends, the query somebody asked."""
+        noted = trace.notes.get("look_at")
+        token, layer = (noted.get("token"), noted.get("layer")) if isinstance(noted, dict) else (None, None)
+        here = isinstance(token, int) and 0 <= token < trace.length
+        self.choose_token(token if here else max(0, trace.prompt_length - 1))
+        if layer in [x.layer for x in trace.layers]:
+            self.layer = layer
 
     def show(self, trace: Trace) -> None:
         """Publish a snapshot; the chosen token, layer and step are moved only if it does not have them."""
