@@ -6,6 +6,7 @@ every request that leaves the machine. Everything waits on conditions, with limi
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -20,8 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Playwright
 
 ROOT = Path(__file__).parents[2]
 LIMIT_MS = 120_000
@@ -125,7 +128,7 @@ class Browser:
         self.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
 
     def prompts(self) -> list[str]:
-        """"[3]:" of every code cell."""
+        """ "[3]:" of every code cell."""
         return self.page.evaluate(PROMPTS)
 
     def cell(self, source: str) -> Locator:
@@ -145,31 +148,28 @@ class Browser:
         scope.get_by_role("button", name=name, exact=True).first.click()
 
     def screenshot(self, name: str) -> None:
-        """Into the folder that WORKBENCH_SCREENSHOTS names, if it is set."""
+        """As a small PNG into the folder that WORKBENCH_SCREENSHOTS names, if it is set: those in docs/ are made that way."""
         folder = os.environ.get("WORKBENCH_SCREENSHOTS")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=str(Path(folder) / f"{name}.png"))
+            picture = Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
+            picture.quantize(256, dither=Image.Dither.NONE).save(Path(folder) / f"{name}.png", optimize=True)
 
 
 @contextmanager
-def browse(chromium: str, folder: Path, slowdown: float = 1) -> Iterator[Browser]:
+def browse(driver: Playwright, chromium: str, folder: Path, slowdown: float = 1) -> Iterator[Browser]:
     """A fresh Chromium profile with one page; ``slowdown`` 4 makes its processor four times slower."""
-    from playwright.sync_api import sync_playwright
-
-    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            str(folder / "profile"),
-            headless=True,
-            executable_path=chromium,
-            args=[*CHROMIUM, *sandbox],
-            viewport={"width": 1280, "height": 1000},
-        )
-        try:
-            page = context.pages[0]
-            if slowdown != 1:
-                context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": slowdown})
-            yield Browser(page)
-        finally:
-            context.close()
+    context = driver.chromium.launch_persistent_context(
+        str(folder / "profile"),
+        headless=True,
+        executable_path=chromium,
+        args=[*CHROMIUM, *(["--no-sandbox"] if os.geteuid() == 0 else [])],
+        viewport={"width": 1280, "height": 1000},
+    )
+    try:
+        page = context.pages[0]
+        if slowdown != 1:
+            context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": slowdown})
+        yield Browser(page)
+    finally:
+        context.close()

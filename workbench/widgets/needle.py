@@ -23,7 +23,7 @@ SAMPLE_CHARACTERS = 24_000  # more than MAX_TOKENS of the sample text
 _CSS = (
     "<style>.wb-needle{overflow-x:auto;line-height:1.4}.wb-needle table{border-collapse:collapse;"
     "font-variant-numeric:tabular-nums}.wb-needle th,.wb-needle td{padding:2px 10px;text-align:left;vertical-align:top;"
-    "border-bottom:1px solid #8886}</style>"
+    "border-bottom:1px solid #8886}.wb-needle td+td{white-space:nowrap}</style>"
 )
 
 

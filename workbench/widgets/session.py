@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workbench.live import LiveRun
 
 log = logging.getLogger(__name__)
-PAINT_INTERVAL_S = 0.25
+PAINT_INTERVAL_S = 0.5  # each time the page draws several charts; more often, it has no time left for a click
 IDLE_S = 5.0  # how often a silent run is asked for its state
 FINAL_STATES = ("done", "stopped", "failed")
 
@@ -58,8 +58,9 @@ class Session(tl.HasTraits):
         """Where a recording opens: where its notes say to look, or where the prompt ends, the query somebody asked."""
         noted = trace.notes.get("look_at")
         token, layer = (noted.get("token"), noted.get("layer")) if isinstance(noted, dict) else (None, None)
-        here = isinstance(token, int) and 0 <= token < trace.length
-        self.choose_token(token if here else max(0, trace.prompt_length - 1))
+        if not isinstance(token, int) or not 0 <= token < trace.length:
+            token = max(0, trace.prompt_length - 1)
+        self.choose_token(token)
         if layer in [x.layer for x in trace.layers]:
             self.layer = layer
 
