@@ -170,7 +170,7 @@ class RunControls(ipw.VBox):
             self.progress.value = run.progress if run is not None else 0.0
             if run is not None:
                 self.text.value = f"<div dir='auto' style='{TEXT_STYLE}'>{escape(run.text)}</div>"
-            line = self._message or _state_line(run, self.session.trace)
+            line = self._message or _state_line(run, self.session)
             shown = f"<div role='status' aria-live='polite'>{escape(line)}</div>"
             if self.status.value != shown:  # a screen reader says each change
                 self.status.value = shown
@@ -191,10 +191,11 @@ class RunControls(ipw.VBox):
                 self.topk.value = most
 
 
-def _state_line(run: LiveRun | None, trace: Trace) -> str:
+def _state_line(run: LiveRun | None, session: Session) -> str:
+    """The state that was published together with the trace, so that its token count belongs to it."""
     if run is None:
-        return f"Showing {trace.label}; press Start for a run of your own."
-    return f"Run {run.state}, {trace.length:,} tokens." + (f" {run.error}" if run.error else "")
+        return f"Showing {session.trace.label}; press Start for a run of your own."
+    return f"Run {session.state}, {session.trace.length:,} tokens." + (f" {run.error}" if run.error else "")
 
 
 def _load(name: str) -> Any:
