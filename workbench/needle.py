@@ -104,10 +104,11 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     """How a finished or running trace answered: the answer, and per CSA layer whether the needle's entry was kept, and why.
 
     The value may be looked up at the question's end or as soon as the key is named: ``query`` is the token, of these two, whose
-    indexer ranked the needle higher, layer by layer; ``best_layer`` and ``best_query`` the highest of all. A value's first
-    token lies in entry b and, because blocks overlap, also in b + 1: either counts. ``rank`` counts from 1 among all visible
-    entries by index score, None while the needle is too near to be in a finished entry; ``chance`` is the probability that as
-    many random entries contain one of the two, for at least one of the two queries. InputError for a trace without a needle.
+    indexer ranked the needle higher (of equal ranks, the one that attends to it more), layer by layer; ``best_layer`` and
+    ``best_query`` the highest of all. A value's first token lies in entry b and, because blocks overlap, also in b + 1: either
+    counts. ``rank`` counts from 1 among all visible entries by index score, None while the needle is too near to be in a
+    finished entry; ``chance`` is the probability that as many random entries contain one of the two, for at least one of the
+    two queries. InputError for a trace without a needle.
     """
     notes = trace.notes.get("needle") if needle is None else needle.notes["needle"]
     if not isinstance(notes, dict) or not {"position", "value", "value_ids", "queries"} <= notes.keys():
@@ -118,10 +119,10 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
         if layer.kind != "csa" or trace.length <= asked or layer.selected is None:
             continue
         looks = [_look(layer, int(t), int(notes["position"])) for t in notes["queries"]]
-        best_look = min(looks, key=lambda look: math.inf if look["rank"] is None else look["rank"])
+        best_look = min(looks, key=_order)
         layers.append(best_look | {"chance": 1 - math.prod(1 - look["chance"] for look in looks)})
     ranked = [layer for layer in layers if layer["rank"] is not None]
-    best = min(ranked, key=lambda layer: layer["rank"]) if ranked else {"layer": None, "query": asked}
+    best = min(ranked, key=_order) if ranked else {"layer": None, "query": asked}
     step = trace.step_of_token(asked) if trace.steps and trace.length > asked else len(trace.next_ids)
     expected = [int(i) for i in notes["value_ids"]]
     chosen = [int(i) for i in trace.next_ids[step:] if i >= 0][: len(expected)]
@@ -131,6 +132,11 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
         "best_query": best["query"],
         "layers": layers,
     }
+
+
+def _order(look: dict[str, Any]) -> tuple[float, float]:
+    """Better ranks first; of equal ranks the one whose heads attend to the needle more."""
+    return (math.inf if look["rank"] is None else look["rank"], -look["best_head_probability"])
 
 
 def _look(layer: LayerTrace, query: int, position: int) -> dict[str, Any]:
