@@ -148,12 +148,12 @@ class Browser:
         scope.get_by_role("button", name=name, exact=True).first.click()
 
     def screenshot(self, name: str) -> None:
-        """As a small PNG into the folder that WORKBENCH_SCREENSHOTS names, if it is set: those in docs/ are made that way."""
+        """As a PNG into the folder that WORKBENCH_SCREENSHOTS names, if it is set: those in docs/ are made that way."""
         folder = os.environ.get("WORKBENCH_SCREENSHOTS")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            picture = Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
-            picture.quantize(256, dither=Image.Dither.NONE).save(Path(folder) / f"{name}.png", optimize=True)
+            picture = Image.open(io.BytesIO(self.page.screenshot()))
+            picture.convert("RGB").save(Path(folder) / f"{name}.png", optimize=True)
 
 
 @contextmanager

@@ -460,13 +460,16 @@ def _add_scores(fig: go.Figure, record: LayerTrace, token: int) -> None:
     entries = np.arange(len(scores))
     kept = record.selected[token] if record.selected is not None else np.zeros(0, np.int32)
     is_kept = np.isin(entries, kept[kept >= 0])
+    floor = min(0.0, float(scores.min() - 0.05 * np.ptp(scores)))  # bars stand on it: the higher, the better, also below zero
     for name, mask, colour, symbol in (
         ("not kept", ~is_kept, style.GREY, None),
         ("kept", is_kept, style.ENTRY_COLOUR, "diamond"),
     ):
         x, y, width, first = _bars(record, entries[mask], scores[mask])
-        hover = "entry %{customdata}<br>index score %{y:.4g}<extra>" + name + "</extra>"
-        bar = go.Bar(x=x, y=y, width=width, customdata=first, name=name, hovertemplate=hover, marker_color=colour)
+        hover = "entry %{customdata[0]:.0f}<br>index score %{customdata[1]:.4g}<extra>" + name + "</extra>"
+        told = np.stack([first, y], axis=1)
+        bar = go.Bar(x=x, y=y - floor, base=floor, width=width, customdata=told, name=name, hovertemplate=hover)
+        bar.marker.color = colour
         fig.add_trace(bar.update(opacity=0.55 if symbol else 0.8, showlegend=symbol is None, marker_line_width=0), row=1, col=1)
         if symbol:
             mark = go.Scatter(x=x, y=y, mode="markers", name=f"{name} ({int(mask.sum())} of {len(scores)})", hoverinfo="skip")
