@@ -250,8 +250,11 @@ def test_the_strip_marks_the_kept_entries_and_the_runner_up():
     assert record.selected is not None and record.runner_up is not None
     (mark,) = traces_named(fig, "kept (")
     bar = next(trace for trace in traces_named(fig, "kept") if trace.type == "bar")
-    assert sorted(bar.customdata) == sorted(record.selected[t]) and mark.marker.symbol == "diamond"
-    np.testing.assert_allclose(bar.y, record.index_scores(t)[sorted(record.selected[t])])
+    entries, scores = np.transpose(bar.customdata)
+    assert sorted(entries) == sorted(record.selected[t]) and mark.marker.symbol == "diamond"
+    np.testing.assert_allclose(scores, record.index_scores(t)[sorted(record.selected[t])])
+    np.testing.assert_allclose(bar.base + np.asarray(bar.y), scores, rtol=1e-5)  # it stands on a floor below all scores
+    assert bar.base <= record.index_scores(t).min() and min(bar.y) >= 0
     (runner,) = traces_named(fig, "runner-up")
     assert runner.x[0] == record.runner_up[t] * 4 + 1.5  # the middle of its block of four tokens
     assert TRACE.label in fig.layout.title.text.replace("<br>", " ")  # wrapped to the width beside a map
@@ -268,7 +271,8 @@ def test_a_long_strip_is_pooled_to_a_few_hundred_bars_and_keeps_its_peak():
     trace = synthetic_trace(4409, seed=5, kinds=("csa",), heads=1, window=3, needle=2000)
     fig = query_strip(trace, 0, 4408)
     assert max(len(bar.x) for bar in fig.data) <= 256
-    assert max(np.max(bar.y) for bar in fig.data) == pytest.approx(trace.layer(0).index_scores(4408).max())
+    peaks = [np.max(bar.y) + (bar.base or 0) for bar in fig.data if bar.type == "bar"]
+    assert max(peaks) == pytest.approx(trace.layer(0).index_scores(4408).max())
 
 
 def test_markup_in_a_token_is_text_in_the_strip():
