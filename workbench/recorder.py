@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +165,28 @@ def pooled_rows(probs: Tensor, start: int, ratio: int) -> np.ndarray:
         part = part[..., : out.shape[-1]]
         out[edges[-2] : edges[-1], :, : part.shape[-1]] = part.cpu().numpy()
     return out
+
+
+@contextmanager
+def csa_attention(model: V4Model) -> Iterator[dict[int, list[Attention]]]:
+    """What the attention of each CSA layer sees in this thread's calls of the model: layer -> records, gradients and all.
+
+    For losses and scores; a Recorder keeps more, as arrays. The hooks go when the block ends.
+    """
+    thread = threading.get_ident()
+    seen: dict[int, list[Attention]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
+
+    def note(records: list[Attention], record: Attention) -> None:
+        if threading.get_ident() == thread:
+            records.append(record)
+
+    taps = {layer: model.blocks[layer].attn.attention_tap for layer in seen}
+    hooks = [tap.register_forward_hook(lambda _m, _i, record, to=seen[layer]: note(to, record)) for layer, tap in taps.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Recorder:

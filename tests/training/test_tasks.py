@@ -29,18 +29,18 @@ def same(a: RecallBatch, b: RecallBatch) -> bool:
 
 def test_training_and_heldout_text_share_no_topic_or_module():
     train, held = tasks.corpus()
-    for group in tasks._sources():
-        for number, text in enumerate(group):
+    for group in tasks._documents():
+        assert any(map(tasks.held_out, group)) and not all(map(tasks.held_out, group))
+        for name, text in group.items():
             if len(text) > 200:  # a few lines can occur inside another document
-                inside = (text in train, text in held)
-                assert inside == ((False, True) if number % tasks.HELD_OUT == 0 else (True, False))
+                assert (text in train, text in held) == (not tasks.held_out(name), tasks.held_out(name))
     assert tasks.corpus() == (train, held)
 
 
 @pytest.mark.parametrize("limit", [1009, 200_000])
 def test_heldout_sample_mixes_prose_and_source_within_its_limit(limit):
     sample, held = tasks.heldout_sample(limit), tasks.corpus()[1]
-    prose, code = ("\n".join(group[:: tasks.HELD_OUT]) for group in tasks._sources())
+    prose, code = ("\n".join(t for name, t in group.items() if tasks.held_out(name)) for group in tasks._documents())
     assert limit - 8 <= len(sample.encode()) <= limit
     splits = [n for n in range(len(sample) + 1) if prose.startswith(sample[:n]) and code.startswith(sample[n:])]
     assert splits and splits[0] >= min(len(prose), limit // 2 - 4)  # at most a cut character short of half

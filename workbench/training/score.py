@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workbench.model.attention.hybrid import Attention
 from workbench.model.transformer import V4Model
+from workbench.recorder import csa_attention
 from workbench.training import tasks
 
 SEED = 20260424  # of the held-out needles; training seeds are small numbers
@@ -43,21 +43,10 @@ def recall(model: V4Model, batches: Sequence[tasks.RecallBatch], topk: int | Non
 
 def selected_entries(model: V4Model, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
     """Entries each CSA layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
-    kept: dict[int, list[np.ndarray]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
-
-    def note(layer: int, record: Attention) -> None:
-        if record.selection is not None:
-            kept[layer].append(record.selection.entries.cpu().numpy())
-
-    taps = {layer: model.blocks[layer].attn.attention_tap for layer in kept}
-    hooks = [tap.register_forward_hook(lambda _m, _i, record, at=layer: note(at, record)) for layer, tap in taps.items()]
-    try:
-        with torch.inference_mode():
-            model(ids.to(model.device), topk=topk)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: np.concatenate(chunks, axis=1) for layer, chunks in kept.items()}
+    with csa_attention(model) as seen, torch.inference_mode():
+        model(ids.to(model.device), topk=topk)
+    chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in seen.items()}
+    return {layer: np.concatenate(chunks, axis=1) for layer, chunks in chosen.items()}
 
 
 def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int, topk: int | None = None) -> dict[str, float]:

@@ -27,6 +27,7 @@ from workbench import checkpoint
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
 from workbench.model.transformer import V4Model
+from workbench.recorder import csa_attention
 from workbench.training import tasks
 from workbench.training.optimiser import optimisers
 from workbench.training.recipes import Phase, Recipe, recipe_named
@@ -62,21 +63,6 @@ def build(recipe: Recipe, data: Data) -> V4Model:
     model.tokenizer = data.tokenizer
     model.name = recipe.name
     return model
-
-
-@contextmanager
-def listen(model: V4Model) -> Iterator[dict[int, list[Attention]]]:
-    """What the attention taps of CSA layers see during one forward pass, layer by layer; hooks go when the block ends."""
-    seen: dict[int, list[Attention]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
-    hooks = []
-    for layer, records in seen.items():
-        tap = model.blocks[layer].attn.attention_tap
-        hooks.append(tap.register_forward_hook(lambda _module, _inputs, record, to=records: to.append(record)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def indexer_loss(records: dict[int, list[Attention]]) -> Tensor:
@@ -173,7 +159,7 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step, CSA attending to all visible entries if ``dense``; returns the parts of the loss."""
     ids = torch.from_numpy(batch.ids)
-    with listen(model) as attention, routed(model) as loads:
+    with csa_attention(model) as attention, routed(model) as loads:
         logits = model(ids, topk=ids.shape[1] if dense else None)
     text = next_token_loss(logits, ids, torch.from_numpy(batch.text_mask))
     reads = next_token_loss(logits, ids, torch.from_numpy(batch.read_mask))
