@@ -30,7 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(ours, folder, dtype=torch.float32)
         theirs = DeepseekV4ForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
-    ids = torch.randint(ours.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+    assert ours.tokenizer is not None
+    ids = torch.tensor([ours.tokenizer.encode(wb.sample_text()).ids[:PREFILL]])
     state = {}
 
     def our_prefill() -> None:
@@ -49,7 +50,8 @@ def main() -> None:
             theirs(ids[:, t : t + 1], past_key_values=state["past"], use_cache=True)
 
     with torch.inference_mode():
-        difference = (ours(ids) - theirs(ids, use_cache=False).logits).abs().max().item()
+        # Index scores or router scores within rounding of each other may be ordered differently: count such tokens apart.
+        difference = (ours(ids) - theirs(ids, use_cache=False).logits).abs().amax(-1)
         work = {"prefill": (our_prefill, their_prefill), "decode": (our_decode, their_decode)}
         times: dict[str, list[list[float]]] = {name: [[], []] for name in work}
         for _ in range(ROUNDS):
@@ -57,7 +59,8 @@ def main() -> None:
                 for kept, function in zip(times[name], pair, strict=True):
                     kept.append(_seconds(function))
     print(f"{machine()['device']}, torch {torch.__version__}, 1 thread, load {machine()['load_average']}")
-    print(f"largest logit difference over {PREFILL} tokens: {difference:.1e}")
+    same = difference <= 1e-4
+    print(f"logits within 1e-4 at {int(same.sum())} of {PREFILL} tokens; largest difference {float(difference.max()):.1e}")
     for name, (mine, other) in times.items():
         tokens = PREFILL if name == "prefill" else DECODED
         ratio = statistics.median(other) / statistics.median(mine)

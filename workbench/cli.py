@@ -173,6 +173,10 @@ def _train(options: argparse.Namespace) -> int:
     bar = _Progress()
     try:
         train(options.recipe, options.out, fresh=options.fresh, progress=(lambda text, part: bar.show(part, text)))
+    except KeyboardInterrupt:
+        bar.clear()
+        print(f"workbench: {options.out} keeps the state of every 50th step; the same line goes on from there", file=sys.stderr)
+        raise
     finally:
         bar.clear()
     print(f"checkpoint: {options.out}")

@@ -7,6 +7,7 @@ training/tasks.py; any other wording can be tried, too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,7 @@ def needle_trials(
     question: str = QUESTION,
     digits: int = 2,
     *,
+    keys: Sequence[str] = tasks.KEYS,
     tokens: int = STREAM_TOKENS,
     trials: int = 12,
     topk: int | None = None,
@@ -205,9 +207,10 @@ def needle_trials(
 ) -> dict[str, Any]:
     """Hide one needle in each of ``trials`` held-out texts, said and asked in these words; the same rates as ``needle_rates``.
 
-    Codes are random numbers of ``digits`` digits, depths spread over all places beyond the sliding window. The same seed gives
-    the same texts, keys and depths whatever the words, so that two wordings can be compared. An answer is right if the
-    likeliest tokens spell the whole code. Raises InputError for no trial, no digit, and texts too short to be far.
+    Keys are drawn from ``keys``, codes are random numbers of ``digits`` digits, depths spread over all places beyond the
+    sliding window. The same seed gives the same texts, keys and depths whatever the words, so that two wordings can be
+    compared. An answer is right if the likeliest tokens spell the whole code. Raises InputError for no trial, no digit, and
+    texts too short to be far.
     """
     far = score.far_distance(model)
     if trials < 1 or digits < 1 or tokens < 4 * far:
@@ -221,7 +224,7 @@ def needle_trials(
     csa = [layer for layer, kind in enumerate(model.config.layer_kinds) if kind == "csa"]
     hits = {f"{layer} {query}": 0 for layer in csa for query in ("key", "end")}
     for trial in range(trials):
-        start, key = int(rng.integers(len(text) - 8 * tokens)), str(rng.choice(tasks.KEYS))
+        start, key = int(rng.integers(len(text) - 8 * tokens)), str(rng.choice(np.array(keys)))
         value = str(int(10 ** (digits - 1) + rng.random() * 9 * 10 ** (digits - 1)))
         depth = (trial + 0.5) / trials * (1 - 2 * far / tokens)
         passage = text[start : start + 8 * tokens]

@@ -187,7 +187,11 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     say = progress or (lambda text, share: None)
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder for the checkpoint")
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not any((out / name).exists() for name in (STATE_FILE, "recipe.json")):
+        raise InputError(f"{out} holds something that is no training run; give a new or empty folder")
     say("preparing text and tokenizer", 0.0)
     data = prepare(recipe)
     model = build(recipe, data)

@@ -96,13 +96,15 @@ class HideANeedle(ipw.VBox):
             self._look_at(trace, found)
 
     def _show_sentence(self, change: Any = None) -> None:
-        from workbench.training.tasks import needle, question
+        from workbench.training.tasks import KEYS, VALUES, needle, question
 
         key, value = self.key.value.strip(), self.value.value.strip()
+        strange = [word for word, known in ((key, KEYS), (value, VALUES)) if word not in known]
+        note = f" The shipped models never saw {' or '.join(f'“{w}”' for w in strange)} in training." if strange else ""
         hidden, asked = needle(key, value).strip(), question(key).strip()
         self.sentence.value = (
             f"<p>Hides “<b>{escape(hidden)}</b>” {self.depth.value} % into at most {self.tokens.value:,} tokens of the text, "
-            f"and ends with “{escape(asked)}”.</p>"
+            f"and ends with “{escape(asked)}”.{escape(note)}</p>"
         )
 
     def _uploaded(self, change: Any) -> None:
