@@ -37,6 +37,12 @@ def status_and_error(capsys, *arguments: str) -> tuple[int, str]:
         (["lab", "--port", "70000"], "'70000'"),
         (["bench", "nothing-like-this"], "nothing-like-this"),
         (["train", "--recipe", "r", "--out", "o", "--fresh", "--resume"], "not allowed with"),
+        (["cost", "v5", "--length", "5"], "v4-flash, v4-pro"),
+        (["cost", "v4-pro"], "--length"),
+        (["cost", "v4-pro", "--length", "5x"], "'5x'"),
+        (["cost", "v4-pro", "--length", "2M"], "1048576"),
+        (["cost", "v4-pro", "--length", "5", "--device", "abacus"], "'abacus'"),
+        (["cost", "v4-pro", "--length", "5", "--cards", "0"], "cards"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, named):
@@ -194,6 +200,32 @@ def test_bench_lists_what_there_is_and_runs_one(capsys, benchmarks):
     assert capsys.readouterr().out == "it ran\n"
     assert cli.main(["bench", "--all"]) == 0
     assert capsys.readouterr().out == "it ran\n"
+
+
+def test_cost_prints_a_table_that_names_formula_and_fit(capsys):
+    arguments = ["cost", "v4-flash", "--length", "1m", "--device", "H200", "ascend 910b", "--device", "B200", "--cards", "2"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert "1,048,576 tokens; modelled (formula)" in text and "does not read FP8 caches" in text
+    assert lines["index"] == ["index", "0.374", "GB", "0.374", "GB"] and lines["without"][-2:] == ["3.688", "GB"]
+    table = {line.split()[0]: line for line in text.splitlines() if line.endswith(" bandwidth") and ":" not in line}
+    assert [line.split()[1] for line in table.values()] == ["yes", "NO", "yes"] and "(limit)" in table["h200"]
+
+
+def test_cost_says_what_is_unknown_and_what_is_published(capsys):
+    assert cli.main(["cost", "gqa-8", "--length", "4K"]) == cli.main(["cost", "v4.1-flash", "--length", "4K"]) == 0
+    dense, shared = capsys.readouterr().out.split("DeepSeek-V4.1-Flash")
+    assert "weights: unknown" in dense and "4,096 tokens" in dense
+    assert "weights, published: 307.000 GB" in shared and "890 B" in shared
+
+
+def test_cost_as_json_holds_the_same_numbers_as_the_library(capsys):
+    assert cli.main(["cost", "v3.2", "--length", "100001", "--device", "h100", "--batch", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {part: found["kv_bytes"][part] for part in ("kv", "index")} == {"kv": 61 * 656 * 100001, "index": 61 * 132 * 100001}
+    assert found["decode_flops"]["total"] == wb.decode_flops("v3.2", 100001)["total"]
+    assert found["devices"][0]["kv_bytes_per_card"] == 3 * found["kv_bytes"]["total"]
 
 
 def doctor(capsys) -> tuple[int, list[str]]:

@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from workbench.config import EngramConfig, ModelConfig
-from workbench.cost import PARTS, dense_kv_bytes, formula, kv_bytes, kv_bytes_per_token, terms
+from workbench.cost import (
+    PARTS,
+    decode_bytes,
+    decode_flops,
+    dense_kv_bytes,
+    fit,
+    formula,
+    kv_bytes,
+    kv_bytes_per_token,
+    report,
+    terms,
+)
 from workbench.errors import InputError
 from workbench.model.transformer import V4Model
+from workbench.presets import devices, presets
 
 MILLION = 1_048_576
 
@@ -136,3 +148,164 @@ def test_other_bad_input_is_refused():
         dense_kv_bytes(TINY, 5, 0)
     with pytest.raises(InputError, match="ModelConfig"):
         kv_bytes({"head_dim": 4}, 5)
+
+
+def without_tail(preset, storage="released"):
+    held = kv_bytes(preset, MILLION, storage)
+    return held["total"] - held["tail"]
+
+
+def test_presets_give_the_published_cache_sizes_at_a_million_tokens():
+    """Published figures leave out the tail."""
+    assert round(without_tail("v4-flash") / 1e9, 3) == 3.688 and f"{without_tail('v4-flash') / 2**30:.2f}" == "3.43"
+    assert round(without_tail("v4-pro") / 1e9, 3) == 5.280 and f"{without_tail('v4-pro') / 2**30:.2f}" == "4.92"
+    assert round(without_tail("v3.2") / 1e9, 2) == 50.40 and round(without_tail("v3.2", "bf16") / 1e9, 2) == 90.06
+    assert round(without_tail("gqa-8") / 1e9) == 262 and round(without_tail("mha") / 1e9) == 4192
+    assert f"{without_tail('v4-pro') / without_tail('v3.2'):.1%}" == "10.5%"
+    assert f"{without_tail('v4-flash') / without_tail('v3.2'):.1%}" == "7.3%"
+    assert f"{without_tail('v4-pro') / without_tail('gqa-8'):.1%}" == "2.0%"
+    narrow = replace(presets["gqa-8"].shape, num_hidden_layers=43)
+    assert f"{without_tail('v4-flash') / without_tail(replace(presets['gqa-8'], shape=narrow)):.1%}" == "2.0%"
+
+
+def test_bytes_per_token_are_those_of_the_v41_report():
+    """They leave out tail and windows."""
+    per_token = {name: kv_bytes_per_token(name)["total"] for name in ("v4.1-flash", "v4-flash", "v4-pro", "v3.2")}
+    assert {name: int(n) for name, n in per_token.items()} == {
+        "v4.1-flash": 890, "v4-flash": 3514, "v4-pro": 5031, "v3.2": 48068,
+    }  # fmt: skip
+    assert kv_bytes_per_token("v4.1-flash", "bf16")["total"] == 3200
+    assert kv_bytes_per_token("gqa-8")["total"] == 61 * 4096
+
+
+def test_a_shared_stream_is_held_once_and_opens_a_group_for_each_odd_token():
+    even, odd = kv_bytes("v4.1-flash", 1000), kv_bytes("v4.1-flash", 1001)
+    assert even["compressed"] == (3 * 500 + 1000) * 288 and even["index"] == (3 * 500 + 1000) * 68
+    assert even["tail"] == 0 and odd["tail"] == 3 * 2 * 512 * 4  # value and gate of three streams of ratio 2
+    assert even["window"] == 40 * 128 * 528 and kv_bytes("v4.1-flash", 2)["engram"] == 2 * 8
+
+
+@pytest.mark.parametrize("name", presets)
+@pytest.mark.parametrize("storage", ["released", "bf16", "fp32"])
+def test_parts_add_up_start_at_nothing_and_grow_as_said(name, storage):
+    assert kv_bytes(name, 0, storage)["total"] == decode_bytes(name, 0, storage)["total"] == 0
+    near, far = kv_bytes(name, 512, storage), kv_bytes(name, 1024, storage)
+    slope = kv_bytes_per_token(name, storage)
+    for part in slope:
+        fixed = {"window", "tail", "engram"} if part == "total" else set()
+        growth = far[part] - near[part] - sum(far[p] - near[p] for p in fixed)
+        assert growth / 512 == pytest.approx(slope[part])
+    for counted in (far, decode_bytes(name, 1024, storage), decode_flops(name, 1024), slope):
+        assert sum(counted.values()) == pytest.approx(2 * counted["total"])
+
+
+def test_a_config_and_its_preset_hold_the_same():
+    preset = presets["v4-flash"]
+    assert kv_bytes(preset.config, 4099) == kv_bytes(preset, 4099) == kv_bytes("v4-flash", 4099)
+    assert decode_bytes(preset.config, 4099) == decode_bytes("v4-flash", 4099)
+    counted, published = decode_flops(preset.config, 4099), decode_flops("v4-flash", 4099)
+    assert counted["core"] == published["core"] and counted["indexer"] == published["indexer"]
+    assert counted["projections"] == pytest.approx(published["projections"], rel=0.03)
+
+
+def test_decode_bytes_are_those_of_the_reference():
+    read = {name: decode_bytes(name, MILLION) for name in ("v4-flash", "v4-pro", "v3.2", "gqa-8", "v4.1-flash")}
+    assert f"{read['v4-flash']['total'] / 1e9:.3f}" == "0.480" and f"{read['v4-pro']['total'] / 1e9:.3f}" == "0.706"
+    assert f"{read['v3.2']['total'] / 1e9:.2f}" == "8.53" and read["gqa-8"] == kv_bytes("gqa-8", MILLION)
+    assert 0.7 < read["v4-pro"]["index"] / read["v4-pro"]["total"] < 0.8  # "about 3/4 is the index-key scan"
+    assert read["v4.1-flash"]["index"] == 2.5 * MILLION * 68 + 4 * 16384 * 68  # streams, and the pool of four layers
+
+
+def attend_layer_by_layer(config, length):
+    """The slow way: rows and keys one query meets, layer after layer."""
+    rows = keys = 0
+    for kind, ratio in zip(config.layer_kinds, config.compress_ratios, strict=True):
+        rows += len(range(length)[-config.sliding_window :])
+        entries = len(range(ratio, length + 1, ratio)) if ratio else 0
+        keys += entries if kind == "csa" else 0
+        rows += min(entries, config.index_topk) if kind == "csa" else entries
+    return rows, keys
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 7, 20, 97])
+def test_a_step_reads_and_multiplies_what_each_layer_attends_to(length):
+    config = replace(TINY, index_topk=5)
+    rows, keys = attend_layer_by_layer(config, length)
+    read, flops = decode_bytes(config, length, "fp32"), decode_flops(config, length)
+    assert read["window"] + read["compressed"] == rows * 14 * 4 and read["index"] == keys * 10 * 4
+    assert flops["core"] == rows * 2 * 2 * 4 * 14  # four heads: scores and values, a multiply and an add each
+    assert flops["indexer"] == keys * 2 * 64 * 10
+
+
+def test_decode_flops_reproduce_the_reports_factors():
+    def share(name, weighting, length=MILLION):
+        return decode_flops(name, length, weighting)["total"] / decode_flops("v3.2", length, weighting)["total"]
+
+    assert f"{share('v4-pro', 'plain'):.1%}" == "26.2%" and f"{share('v4-flash', 'plain'):.1%}" == "12.1%"
+    assert 0.26 < share("v4-pro", "fp8-equivalent") < 0.27  # published: 27 %, 3.7 times less
+    assert round(share("v4-flash", "fp8-equivalent"), 2) == 0.10  # published: 10 %, 9.8 times less
+    assert f"{share('v4-pro', 'fp8-equivalent', 10**6):.1%}" == "26.8%"
+    assert round(share("v4-pro", "plain", 4096), 2) == 0.96  # the gain is one of long contexts
+    grown = decode_flops("v4.1-flash", MILLION, "fp8-equivalent")["total"]
+    assert 1.2 < grown / decode_flops("v4.1-flash", 4096, "fp8-equivalent")["total"] < 1.3  # "about one quarter more"
+
+
+def test_the_longest_context_fits_and_one_token_more_does_not():
+    small = replace(devices["h200"], memory_bytes=presets["v4-flash"].weights.device_bytes + 1.0005e9)
+    found = fit("v4-flash", 5000, small)
+    assert found.fits and not found.at_limit and found.bound == "bandwidth"
+    assert fit("v4-flash", found.longest_context, small).fits
+    longer = range(found.longest_context + 1, found.longest_context + 600)
+    assert not any(fit("v4-flash", length, small).fits for length in longer[:2])
+    assert all(kv_bytes("v4-flash", length)["total"] > 1.0005e9 for length in longer)
+
+
+def test_one_kv_head_stays_on_one_card_and_eight_are_shared_out():
+    one, many = fit("v4-pro", MILLION, "b200"), fit("v4-pro", MILLION, "b200", cards=8)
+    assert one.kv_bytes == many.kv_bytes == kv_bytes("v4-pro", MILLION)["total"]
+    assert many.weight_bytes == one.weight_bytes / 8 and many.fits and not one.fits and one.longest_context == 0
+    assert fit("gqa-8", MILLION, "h200", cards=4).kv_bytes == kv_bytes("gqa-8", MILLION)["total"] / 4
+    assert fit("v4-pro", MILLION, "b200", cards=8, batch=9).kv_bytes == 2 * one.kv_bytes
+
+
+def test_a_device_without_the_released_format_keeps_bf16():
+    for name, storage in (("ascend-910b", "bf16"), ("h100", "released")):
+        found = fit("v4-flash", 9001, name)
+        assert found.storage == storage and found.kv_bytes == kv_bytes("v4-flash", 9001, storage)["total"]
+    assert fit("v4.1-flash", 9001, "h100").storage == "bf16" and fit("v4.1-flash", 9001, "b200").storage == "released"
+
+
+def test_a_large_batch_of_short_contexts_is_bound_by_compute():
+    assert fit("v4-flash", 100, "h200").bound == "bandwidth"
+    assert fit("v4-flash", 100, "h200", batch=30000).bound == "compute"
+
+
+def test_a_report_says_where_each_figure_comes_from():
+    found = report("v4.1-flash", 4096, ["h100"], cards=4)
+    assert found["weights"]["origin"] == "published" and found["devices"][0]["origin"] == "modelled (formula)"
+    assert found["weights"]["device_bytes"] + found["weights"]["host_bytes"] == 510e9
+    assert report("v4-pro", 4096)["weights"]["origin"] == "modelled (formula)" and report("mha", 4096)["weights"] is None
+    assert report("v3.2", MILLION)["beyond_trained_length"] and not report("v4-pro", MILLION)["beyond_trained_length"]
+
+
+@pytest.mark.parametrize("length", [-1, 1.5, True, None, MILLION + 1])
+@pytest.mark.parametrize("count", [kv_bytes, decode_bytes, decode_flops])
+def test_a_length_beyond_a_preset_is_refused(count, length):
+    with pytest.raises(InputError, match=f"0 to 1048576.*{length}"):
+        count("v4.1-flash", length)
+
+
+def test_other_bad_input_to_the_accounting_is_refused():
+    with pytest.raises(InputError, match="v4-flash"):
+        kv_bytes("v5", 5)
+    with pytest.raises(InputError, match="int3"):
+        kv_bytes_per_token("v3.2", "int3")
+    with pytest.raises(InputError, match="int3"):
+        decode_bytes("gqa-8", 5, "int3")
+    with pytest.raises(InputError, match="fp8-equivalent.*heavy"):
+        decode_flops("v4-pro", 5, "heavy")
+    with pytest.raises(InputError, match="h200"):
+        fit("v4-pro", 5, "abacus")
+    for wrong in ({"cards": 0}, {"batch": 1.5}, {"cards": True}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            fit("v4-pro", 5, "h200", **wrong)

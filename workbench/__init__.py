@@ -1,10 +1,15 @@
 """workbench: watch DeepSeek-V4 work.
 
 The public names below are loaded when first used, so that ``import workbench`` needs neither torch nor plotly.
+`presets` and `devices`, standard library only, are there at once.
 """
 
 from importlib import import_module
 from typing import Any
+
+# At once, because a module of the same name would otherwise take the place of the mapping when something imports it.
+from workbench.presets import devices as devices
+from workbench.presets import presets as presets
 
 __version__ = "0.1.0"
 
@@ -17,6 +22,8 @@ _HOME = {
     "Span": "trace",
     "kv_bytes": "cost",
     "kv_bytes_per_token": "cost",
+    "decode_bytes": "cost",
+    "decode_flops": "cost",
     "hide_needle": "needle",
     "find_needle": "needle",
     "needle_rates": "needle",
@@ -36,7 +43,7 @@ _HOME = {
     "WorkbenchError": "errors",
     "InputError": "errors",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "devices", "presets"])
 
 
 def __getattr__(name: str) -> Any:
