@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from workbench.config import ModelConfig
+from workbench.config import read_config
 from workbench.errors import InputError
 from workbench.model.engram import check_canonical_ids
+from workbench.model.families import model_class
+from workbench.model.language_model import LanguageModel
 from workbench.model.quant import dequantise_fp4, dequantise_fp8_blocks
-from workbench.model.transformer import V4Model
 from workbench.runtime import memory_bytes, pick_device
 
 ASSETS = Path(__file__).parent / "assets"
@@ -81,7 +82,7 @@ def shipped_names() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}"))
 
 
-def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> V4Model:
+def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> LanguageModel:
     """A model, ready for inference, from a shipped checkpoint's name or a folder in the Hugging Face layout.
 
     ``dtype`` is what the large matrices compute in, float32 unless given; sinks, mHC and other sensitive terms never
@@ -93,7 +94,7 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
     _check_dtype(dtype)
     folder, where = _find_folder(source), pick_device(device)
     settings = _read_json(folder / CONFIG_FILE)
-    config = ModelConfig.from_dict(settings)
+    config = read_config(settings)
     with ExitStack() as stack:
         weights = _Weights(folder, stack)
         if config.num_hidden_layers > len(weights.stored):  # before building anything of the size a config claims
@@ -102,14 +103,14 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
             )
         try:
             with torch.device("meta"):  # names and shapes without memory
-                expected = V4Model(config).state_dict()
+                expected = model_class(config)(config).state_dict()
         except (RuntimeError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{folder / CONFIG_FILE} describes no model that can be built: {error}") from None
         if settings.get("tie_word_embeddings"):
             weights.tie_head()
         weights.check(expected)
         _check_memory(expected, where, dtype)
-        model = V4Model(config)
+        model = model_class(config)(config)
         if dtype is not torch.float32:
             _convert(model, dtype)
         weights.fill(model.state_dict(), _fp8_block(settings))
@@ -120,7 +121,11 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
 
 
 def save(
-    model: V4Model, folder: str | Path, *, dtype: torch.dtype = torch.float16, extra: Mapping[str, str | dict] | None = None
+    model: LanguageModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    extra: Mapping[str, str | dict] | None = None,
 ) -> Path:
     """Write the model as a folder that ``load`` reads, and return it.
 
@@ -386,9 +391,9 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 
 
-def _check_tables(model: V4Model) -> None:
+def _check_tables(model: LanguageModel) -> None:
     """Raises InputError for tables of numbers that point outside what they index."""
-    experts = model.config.n_routed_experts
+    experts = getattr(model.config, "n_routed_experts", 0)
     for name, table in model.named_buffers():
         if name.endswith(".tid2eid") and not 0 <= int(table.min()) <= int(table.max()) < experts:
             raise InputError(f"{name} must hold experts 0..{experts - 1}, got {int(table.min())}..{int(table.max())}")
@@ -396,7 +401,7 @@ def _check_tables(model: V4Model) -> None:
         check_canonical_ids(model.get_buffer("engram_canonical_ids"), model.config.engram)
 
 
-def _convert(model: V4Model, dtype: torch.dtype) -> None:
+def _convert(model: LanguageModel, dtype: torch.dtype) -> None:
     """Compute in ``dtype``, in place; below float32 the sensitive terms keep their precision."""
     for name, parameter in model.named_parameters():
         if dtype is torch.float64 or not _FLOAT32.search(name):

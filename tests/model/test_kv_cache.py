@@ -9,7 +9,7 @@ import torch
 from tests.slow_reference import CONFIG, ENGRAM, in_pieces, random_config, random_ids, random_model, random_pieces
 from workbench import cost
 from workbench.errors import InputError, WorkbenchError
-from workbench.model.kv_cache import PARTS, GrowingRows, KVCache
+from workbench.model.kv_cache import PARTS, GrowingRows, KVCache, PlainFormat
 
 WITH_ENGRAM = replace(CONFIG, engram=ENGRAM)
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 27, 28, 29, 63, 101, 257)
@@ -87,15 +87,15 @@ def test_a_model_in_half_precision_counts_its_state_right():
 
 
 def test_growth_copies_seldom_however_many_rows_come_one_by_one():
-    rows = GrowingRows(1, 3, torch.float32, torch.device("cpu"))
+    rows = GrowingRows(1, PlainFormat(3, torch.float32), torch.device("cpu"))
     blocks, everything = [], torch.randn(1, 5000, 3)
     for i in range(5000):
         rows.append(everything[:, i : i + 1])
-        if not blocks or rows.rows.untyped_storage().data_ptr() != blocks[-1]:
-            blocks.append(rows.rows.untyped_storage().data_ptr())
+        if not blocks or rows.read().untyped_storage().data_ptr() != blocks[-1]:
+            blocks.append(rows.read().untyped_storage().data_ptr())
     assert len(blocks) <= 13  # 64 x 1.5^11 > 5000
     assert rows.nbytes_allocated <= 1.5 * rows.nbytes + 64 * 12
-    assert torch.equal(rows.rows, everything)
+    assert torch.equal(rows.read(), everything)
 
 
 def test_a_decoded_token_reallocates_only_when_a_part_is_full():
@@ -105,7 +105,7 @@ def test_a_decoded_token_reallocates_only_when_a_part_is_full():
         for t in range(300):
             model(ids[:, t : t + 1], cache, "last")
             now = {
-                store.rows.untyped_storage().data_ptr()
+                store.read().untyped_storage().data_ptr()
                 for layer in cache.layers
                 for store in (layer.compressed, layer.index)
                 if store is not None and store.length

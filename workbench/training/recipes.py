@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from workbench.config import EngramConfig, ModelConfig, RopeConfig
+from workbench.config import EngramConfig, HybridConfig, RopeConfig
 from workbench.errors import InputError
 
 
@@ -50,12 +50,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def config(self, compressed_vocab_size: int) -> ModelConfig:
+    def config(self, compressed_vocab_size: int) -> HybridConfig:
         """The tiny shape: small window, ratios and top-k, so that 256 tokens already need selection; ratios as released."""
         engram = EngramConfig(
             layer_ids=(1,), vocab_size=8192, compressed_vocab_size=compressed_vocab_size, n_heads=4, head_dim=16
         )
-        return ModelConfig(
+        return HybridConfig(
             vocab_size=self.vocab_size,
             hidden_size=96,
             num_attention_heads=4,

@@ -13,21 +13,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workbench.model.transformer import V4Model
-from workbench.recorder import csa_attention
+from workbench.model.language_model import LanguageModel
+from workbench.recorder import selecting_attention
 from workbench.training import tasks
 
 SEED = 20260424  # of the held-out needles; training seeds are small numbers
 CHUNK = 512
 
 
-def far_distance(model: V4Model) -> int:
+def far_distance(model: LanguageModel) -> int:
     """Tokens between value and question above which only compressed entries can help."""
     return model.config.sliding_window + 2 * model.config.csa_ratio
 
 
 @torch.inference_mode()
-def recall(model: V4Model, batches: Sequence[tasks.RecallBatch], topk: int | None = None) -> dict[str, float]:
+def recall(model: LanguageModel, batches: Sequence[tasks.RecallBatch], topk: int | None = None) -> dict[str, float]:
     """Share of questions answered with the right value: all of them, and the far ones."""
     right: list[np.ndarray] = []
     far: list[np.ndarray] = []
@@ -41,15 +41,17 @@ def recall(model: V4Model, batches: Sequence[tasks.RecallBatch], topk: int | Non
     return {"all": float(hits.mean()), "far": float(hits[distant].mean()), "questions": int(distant.sum())}
 
 
-def selected_entries(model: V4Model, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
+def selected_entries(model: LanguageModel, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
     """Entries each CSA layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
-    with csa_attention(model) as seen, torch.inference_mode():
+    with selecting_attention(model) as seen, torch.inference_mode():
         model(ids.to(model.device), topk=topk)
     chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in seen.items()}
     return {layer: np.concatenate(chunks, axis=1) for layer, chunks in chosen.items()}
 
 
-def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int, topk: int | None = None) -> dict[str, float]:
+def needle_hits(
+    model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int, topk: int | None = None
+) -> dict[str, float]:
     """Share of far questions whose needle's entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
 
     Per CSA layer and per query that may look it up: the key, next to last in the question, or the question's end. A model may
@@ -70,7 +72,7 @@ def needle_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int, to
     return {layer: float(np.concatenate(hits).mean()) for layer, hits in found.items()}
 
 
-def chance_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int) -> float:
+def chance_hits(model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int) -> float:
     """Expected hit rate when k of the visible entries are drawn at random, two of them being right."""
     chances = []
     for batch in batches:
@@ -82,7 +84,7 @@ def chance_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int) ->
 
 
 @torch.inference_mode()
-def text_loss(model: V4Model, ids: np.ndarray, windows: int, length: int) -> float:
+def text_loss(model: LanguageModel, ids: np.ndarray, windows: int, length: int) -> float:
     """Mean next-token loss in nats per token over evenly spaced windows of held-out text."""
     starts = np.linspace(0, len(ids) - length - 1, windows).astype(int)
     total = 0.0
@@ -95,7 +97,7 @@ def text_loss(model: V4Model, ids: np.ndarray, windows: int, length: int) -> flo
 
 
 @torch.inference_mode()
-def answer(model: V4Model, ids: np.ndarray, topk: int | None = None) -> int:
+def answer(model: LanguageModel, ids: np.ndarray, topk: int | None = None) -> int:
     """The token the model puts after ``ids`` [L], read through its cache in chunks."""
     cache = model.new_cache()
     line = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(model.device)
@@ -104,7 +106,7 @@ def answer(model: V4Model, ids: np.ndarray, topk: int | None = None) -> int:
     return int(logits[0, -1].argmax())
 
 
-def haystack_recall(model: V4Model, heldout: np.ndarray, length: int, trials: int, topk: int | None = None) -> float:
+def haystack_recall(model: LanguageModel, heldout: np.ndarray, length: int, trials: int, topk: int | None = None) -> float:
     """Share of single needles found in ``length`` tokens of held-out text, at depths from start to end."""
     assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)
@@ -116,7 +118,7 @@ def haystack_recall(model: V4Model, heldout: np.ndarray, length: int, trials: in
     return right / trials
 
 
-def score_model(model: V4Model, heldout: np.ndarray, *, quick: bool = False) -> dict[str, Any]:
+def score_model(model: LanguageModel, heldout: np.ndarray, *, quick: bool = False) -> dict[str, Any]:
     """Every figure the model is judged by. ``heldout`` are token ids of text the model never saw."""
     assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)

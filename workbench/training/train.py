@@ -27,7 +27,7 @@ from workbench import checkpoint
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
 from workbench.model.transformer import V4Model
-from workbench.recorder import csa_attention
+from workbench.recorder import selecting_attention
 from workbench.training import tasks
 from workbench.training.optimiser import optimisers
 from workbench.training.recipes import Phase, Recipe, recipe_named
@@ -159,7 +159,7 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step, CSA attending to all visible entries if ``dense``; returns the parts of the loss."""
     ids = torch.from_numpy(batch.ids)
-    with csa_attention(model) as attention, routed(model) as loads:
+    with selecting_attention(model) as attention, routed(model) as loads:
         logits = model(ids, topk=ids.shape[1] if dense else None)
     text = next_token_loss(logits, ids, torch.from_numpy(batch.text_mask))
     reads = next_token_loss(logits, ids, torch.from_numpy(batch.read_mask))
