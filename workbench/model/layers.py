@@ -35,7 +35,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.eps) * self.weight if _two_passes(x) else F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, kept: [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (norm * norm).mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis."""
+    if _two_passes(x):
+        return x * rms_scale(x, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def rotary_frequencies(channels: int, theta: float, rope: RopeConfig | None = None) -> Tensor:
@@ -105,3 +118,8 @@ class GroupedProjection(nn.Module):
         grouped = heads.unflatten(-1, (self.groups, -1))  # [B, T, G, inputs / G]
         weight = self.weight.view(self.groups, -1, grouped.shape[-1])  # [G, rank, inputs / G]
         return torch.einsum("btgi,gri->btgr", grouped, weight).flatten(-2)
+
+
+def _two_passes(x: Tensor) -> bool:
+    """On a CPU torch puts rms_norm together from six passes over x, where two do; elsewhere it is one kernel."""
+    return x.is_cpu and x.dtype == torch.float32
