@@ -95,6 +95,8 @@ class GrowingRows:
         self.length = 0
 
     def append(self, rows: Tensor) -> None:
+        if not rows.shape[1]:
+            return
         needed = self.length + rows.shape[1]
         if needed > self._rows.shape[1]:
             self.reserve(max(needed, FIRST_ROWS, int(GROWTH * self._rows.shape[1])))
@@ -145,8 +147,16 @@ class WindowRing:
         slots = torch.arange(self.length - count, self.length, device=self._ring.device) % self._ring.shape[1]
         return self.form.decode(self._ring[:, slots])
 
+    def read(self) -> Tensor:
+        """All keys held, [B, held, D], in the ring's order: no copy, and a softmax does not mind."""
+        return self.form.decode(self._ring[:, : self.held])
+
     def append(self, keys: Tensor) -> None:
         window, count = self._ring.shape[1], keys.shape[1]
+        if count == 1:  # one decoded token has one slot
+            self._ring[:, self.length % window] = self.form.encode(keys[:, 0].detach())
+            self.length += 1
+            return
         kept = min(count, window)
         slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
         self._ring[:, slots] = self.form.encode(keys[:, count - kept :].detach())
@@ -184,6 +194,11 @@ class BlockTail:
     @property
     def overlap(self) -> Tensor:
         return self._overlap
+
+    def add(self, pair: Tensor) -> None:
+        """More tokens for the open block, pair [2, B, t, width]; they must not fill it."""
+        first, self.count = self.count, self.count + pair.shape[2]
+        self._open[:, :, first : self.count] = pair.detach()
 
     def keep(self, rest: Tensor, last_block: Tensor | None, finished: int) -> None:
         """rest [2, B, r, width] becomes the open block; last_block [2, B, R, overlap] the new look-back."""
