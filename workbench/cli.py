@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -29,7 +30,10 @@ COST_COLUMNS = (15, 5, 14, 14, 21, 15, 13, 11)  # widths of the table of devices
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
     try:
-        options = _parser().parse_args(arguments)
+        options, rest = _parser().parse_known_args(arguments)
+        if rest and (options.command is not _bench or not options.name):
+            raise InputError(f"unrecognized arguments: {' '.join(rest)}; see `workbench --help`")
+        options.passed_on = rest  # a benchmark's own options
         return options.command(options)
     except (WorkbenchError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `workbench doctor | head -1`
@@ -66,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--prefetch", choices=("prefetch", "serial"), default="prefetch", help="when Engram rows are fetched")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    run.add_argument("--device", default="auto", help="auto, or as torch names it: cpu, cuda:1, mps")
     run.set_defaults(command=_run)
 
     cost = commands.add_parser("cost", help="count a published model's cache, work and fit, without running it")
@@ -285,7 +289,10 @@ def _bench(options: argparse.Namespace) -> int:
         raise InputError(f"no benchmark {options.name!r}; there are {', '.join(files) or 'none yet'}")
     sys.path.insert(0, str(root))
     for name in files if options.all else [options.name] if options.name else []:
-        importlib.import_module(f"benchmarks.{name}").main()
+        main = importlib.import_module(f"benchmarks.{name}").main
+        if options.passed_on and not inspect.signature(main).parameters:
+            raise InputError(f"benchmark {name} takes no options, got {' '.join(options.passed_on)}")
+        main(options.passed_on) if options.passed_on else main()
     if not options.name and not options.all:
         for name, path in files.items():
             about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

@@ -90,17 +90,23 @@ class HyperConnection(nn.Module):
         flat = streams.flatten(2).float()
         # The norm has no weight, so it commutes with fn: its factor goes to 24 numbers instead of M * C.
         z = F.linear(flat, self.fn.float()) * rms_scale(flat, self.rms_eps)
-        z = torch.addcmul(self.base, z, self.scale[self.parts])
+        z = torch.addcmul(self.base, z, self.scale.index_select(0, self.parts))
         gates = torch.sigmoid(z[..., : 2 * m])
         pre, post = gates[..., :m] + self.eps, 2 * gates[..., m:]
         mix = sinkhorn(z[..., 2 * m :].reshape(-1, m, m), self.iterations, self.eps).view(*streams.shape[:2], m, m)
-        return torch.matmul(pre.to(streams.dtype).unsqueeze(-2), streams).squeeze(-2), post, self.mix_tap(mix)
+        return merged(streams, pre), post, self.mix_tap(mix)
 
     def write(self, streams: Tensor, y: Tensor, post: Tensor, mix: Tensor) -> Tensor:
         """X'_k = post_k y + sum_j mix[j, k] X_j: the sublayer's output y [B, T, C] joins the mixed streams."""
-        turned = mix.to(streams.dtype).mT.contiguous()  # tiny; a strided batch of matrices would be copied one by one
-        mixed = torch.matmul(turned, streams)
+        turned = mix.to(streams.dtype).flatten(0, 1).mT.contiguous()  # a strided batch would be copied matrix by matrix
+        mixed = torch.bmm(turned, streams.flatten(0, 1)).view_as(streams)
         return mixed.addcmul_(post.to(streams.dtype).unsqueeze(-1), y.unsqueeze(-2))
+
+
+def merged(streams: Tensor, weights: Tensor) -> Tensor:
+    """sum_m weights[m] streams[m]: weights [B, T, M], streams [B, T, M, C] -> [B, T, C]."""
+    batch, t, m, c = streams.shape
+    return torch.bmm(weights.to(streams.dtype).reshape(-1, 1, m), streams.reshape(-1, m, c)).view(batch, t, c)
 
 
 class HyperHead(nn.Module):
@@ -118,4 +124,4 @@ class HyperHead(nn.Module):
         flat = streams.flatten(2).float()
         z = F.linear(flat, self.fn.float()) * rms_scale(flat, self.rms_eps)
         pre = torch.sigmoid(z * self.scale + self.base) + self.eps
-        return torch.matmul(pre.to(streams.dtype).unsqueeze(-2), streams).squeeze(-2)
+        return merged(streams, pre)
