@@ -95,4 +95,4 @@ class Indexer(nn.Module):
         if cache is None or cache.index is None:
             return self.index_tap(IndexQueries(q, w, Rows(keys)))
         cache.index.append(keys)
-        return self.index_tap(IndexQueries(q, w, cache.index))
+        return self.index_tap(IndexQueries(cache.index.as_queries(q), w, cache.index))
