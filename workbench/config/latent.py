@@ -70,7 +70,8 @@ class LatentConfig:
     def from_dict(cls, config: dict[str, Any]) -> Self:
         """Read a ``config.json`` of model_type ``deepseek_v32``, or ``deepseek_v3`` for MLA alone.
 
-        The released spelling or that of ``transformers``. Raises InputError for missing or contradicting settings, and for variants that are not computed here.
+        The released spelling or that of ``transformers``. Raises InputError for missing or contradicting settings, and for
+        variants that are not computed here.
         """
         plain = config.get("model_type") == "deepseek_v3"
         heads, layers = config.get("num_attention_heads"), config.get("num_hidden_layers") or 0
@@ -86,8 +87,8 @@ class LatentConfig:
             told = config.get("first_k_dense_replace", dense)
             if kinds != ["dense"] * dense + ["sparse"] * (layers - dense) or min(told, layers) != dense:
                 raise InputError(
-                    f"mlp_layer_types {kinds} must be 'dense' in the first first_k_dense_replace={told} of {layers} layers, then "
-                    "'sparse'"
+                    f"mlp_layer_types {kinds} must be 'dense' in the first first_k_dense_replace={told} of {layers} layers, "
+                    "then 'sparse'"
                 )
             given["first_k_dense_replace"] = dense
         rope, settings = read_token_rope(config, "default", "yarn")

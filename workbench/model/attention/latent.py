@@ -86,7 +86,7 @@ class LatentAttention(nn.Module):
         return maps[:, : self.nope], maps[:, self.nope :]
 
     def naive(self, q: Tensor, rows: Tensor, start: int, want_probs: bool = False) -> AttendedAll:
-        """q [B, T, H, nope + R] at positions from ``start``, rows [B, S, E]: project every head's keys and values, then attend."""
+        """q [B, T, H, nope + R] at positions from ``start``, rows [B, S, E]: projects all heads' keys and values."""
         latent, shared = rows.split([self.rank, self.rotary], dim=-1)
         keys, values = self.wkv_b(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.v_width], dim=-1)
         keys = torch.cat([keys, shared.unsqueeze(2).expand(-1, -1, self.heads, -1)], dim=-1)  # [B, S, H, nope + R]
