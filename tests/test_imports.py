@@ -18,6 +18,9 @@ ALLOWED = {
     "errors": set(),
     "config": set(),
     "presets": set(),
+    "devices": set(),
+    "sources": set(),
+    "weights": set(),
     "trace": {"numpy"},
     "cost": {"numpy"},
     "schedule": {"numpy"},
@@ -35,7 +38,10 @@ ALLOWED = {
 }
 # What loading a layer may pull in, through any chain of imports at the top of files.
 NEVER_LOADED = {
-    **dict.fromkeys(("", "errors", "config", "presets", "trace", "cost", "schedule", "runtime", "cli"), {"torch", "plotly"}),
+    **dict.fromkeys(
+        ("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule", "runtime", "cli"),
+        {"torch", "plotly"},
+    ),
     **dict.fromkeys(("model", "checkpoint", "memory", "recorder", "live", "training"), {"plotly", "PIL", "ipywidgets"}),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }

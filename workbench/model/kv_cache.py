@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig, SharedStreamConfig
+from workbench.config.parts import KV_PART, PARTS
 from workbench.errors import InputError, WorkbenchError
-from workbench.model.formats import KV_PART, RowFormat, row_formats
+from workbench.model.formats import RowFormat, row_formats
 
 FIRST_ROWS, GROWTH = 64, 1.5
-PARTS = ("window", "compressed", "index", "tail", "engram")
 
 
 class Rows:
