@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from tests.slow_reference import CONFIG, ENGRAM, in_pieces, random_config, random_ids, random_model, random_pieces
+from tests.slow_formats import rotated, stored_row
+from tests.slow_reference import CONFIG, ENGRAM, SlowV4, in_pieces, random_config, random_ids, random_model, random_pieces
 from workbench import cost
+from workbench.config import ModelConfig
 from workbench.errors import InputError, WorkbenchError
+from workbench.model.families import model_class
 from workbench.model.formats import STORAGES, PlainFormat
 from workbench.model.kv_cache import PARTS, GrowingRows, KVCache
 
@@ -115,6 +119,122 @@ def test_a_decoded_token_reallocates_only_when_a_part_is_full():
             before = now
     assert changed <= 5 * 2  # five growing parts, 75 entries: 64, 96 rows
     model.fetcher.close()
+
+
+# One line per family: every configuration here has its bytes, allocations and reads held against the accounting.
+FAMILIES = [
+    pytest.param(CONFIG, id="v4"),
+    pytest.param(WITH_ENGRAM, id="v4-engram"),
+    pytest.param(replace(CONFIG, layer_kinds=("window",), mlp_kinds=("hash",), sliding_window=1), id="v4-window"),
+    pytest.param(replace(CONFIG, head_dim=75, qk_rope_head_dim=2, index_head_dim=33, index_topk=1000), id="v4-odd-widths"),
+]
+
+
+def telling_lengths(config: ModelConfig) -> list[int]:
+    """At least 12 lengths: none, one, odd ones, and those around the ends of blocks and of the window."""
+    edges = {n * size for size in (*config.compress_ratios, config.sliding_window) if size for n in (1, 2, 5)}
+    return sorted({0, 1, 2, 3, 17, 37, 51, 61, 83, *(edge + near for edge in edges for near in (-1, 0, 1) if edge < 80)})
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_held_reserved_and_read_bytes_of_every_family_are_those_of_the_accounting(config, storage):
+    model, batch, lengths = model_class(config).untrained(config), 3, telling_lengths(config)
+    cache, ids = model.new_cache(batch, storage), random_ids(config, batch, max(lengths))
+    assert len(lengths) >= 12
+    with torch.inference_mode():
+        for length in lengths:
+            if length > cache.length + 1:
+                model(ids[:, cache.length : length - 1], cache, "last")
+            cache.reset_bytes_read()
+            if length:
+                model(ids[:, length - 1 : length], cache, "last")
+            held, read = cost.kv_bytes(config, length, storage), cost.decode_bytes(config, length, storage)
+            assert cache.nbytes_by_part() | {"total": cache.nbytes} == {part: batch * n for part, n in held.items()}
+            assert storage_bytes(cache) == cache.nbytes + cache.nbytes_reserved
+            del read["total"]
+            assert cache.bytes_read_by_part() == {part: batch * n for part, n in read.items()}
+    model.fetcher.close()
+
+
+def test_released_rows_are_really_smaller():
+    model = random_model(replace(CONFIG, head_dim=64, qk_rope_head_dim=8, index_head_dim=32))
+    with torch.inference_mode():
+        sizes = []
+        for storage in STORAGES:
+            model(random_ids(CONFIG, 1, 300), cache := model.new_cache(1, storage), "last")
+            rows = [store for layer in cache.layers for store in (layer.window, layer.compressed, layer.index) if store]
+            sizes.append(sum(store.nbytes_allocated for store in rows))
+    assert sizes[0] == 2 * sizes[1] and sizes[2] < 0.6 * sizes[1]
+
+
+@pytest.mark.parametrize("storage", ["bf16", "released"])
+def test_how_a_sequence_is_split_matters_little_even_when_its_cache_is_rounded(storage):
+    """The same values are rounded in every split, but one that lies on a rounding edge may fall to either side: a coarse step.
+
+    So most sequences agree to float32 accuracy, and the others are far closer than rounded and unrounded keys are.
+    """
+    near, coarse, rounding = 0, 0.0, []
+    config = replace(CONFIG, index_topk=1000, mlp_kinds=("hash",) * 4)
+    for seed in range(12):
+        model, ids = random_model(config, seed), random_ids(config, 1, 41, seed)
+        with torch.inference_mode():
+            whole = model(ids, model.new_cache(1, storage))
+            cache = model.new_cache(1, storage)
+            pieces = torch.cat([model(p, cache) for p in ids.split(random_pieces(41, seed), dim=1)], dim=1)
+            rounding.append(float((model(ids) - whole).abs().mean()))
+        gap = float((whole - pieces).abs().max())
+        near, coarse = near + (gap < 1e-4), max(coarse, float((whole - pieces).abs().mean()))
+    assert near >= 6 and coarse < min(rounding)
+
+
+class Stored(list):
+    """A list of float64 rows that keeps each as the cache format leaves it."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
+
+    def append(self, row):
+        super().append(np.array(self.keep(row.astype(np.float32).tolist())))
+
+
+class SlowReleased(SlowV4):
+    """The slow model with the released cache: keys, entries, index keys and index queries rounded one value at a time."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        layers = range(self.config.num_hidden_layers)
+        rope = self.config.qk_rope_head_dim
+        self.keys = [Stored(lambda row: stored_row(row, "fp8", 64, bf16_width=rope)) for _ in layers]
+        for layer in layers:
+            self.main[layer].entries = Stored(lambda row: stored_row(row, "fp8", 64, bf16_width=rope))
+            self.index[layer].entries = Stored(self._index_row)
+
+    @staticmethod
+    def _index_row(row):
+        return stored_row(np.array(rotated(row), np.float32).tolist(), "fp4", 32)
+
+    def _rotate(self, x, position, compressed):
+        out = super()._rotate(x, position, compressed)
+        if x.shape == (self.config.index_n_heads, self.config.index_head_dim):  # index queries
+            return np.array([self._index_row(q.astype(np.float32).tolist()) for q in out])
+        return out
+
+
+def test_a_released_cache_equals_the_slow_model_that_rounds_one_value_at_a_time():
+    """Rounding edges apart (see above), and among the entries that near ties choose."""
+    agreed = 0
+    for seed in range(6):
+        model, ids = random_model(CONFIG, seed), random_ids(CONFIG, 1, 31, seed)
+        slow = SlowReleased(model).read(ids[0])
+        with torch.inference_mode():
+            cache = model.new_cache(1, "released")
+            got = torch.cat([model(p, cache) for p in ids.split(random_pieces(31, seed), dim=1)], dim=1)[0]
+            exact = model(ids)[0]
+        gap = np.abs(got.double().numpy() - slow).max()
+        agreed += gap < 1e-3 < (exact - got).abs().max()
+    assert agreed >= 4
 
 
 @pytest.mark.parametrize("seed", range(3))
