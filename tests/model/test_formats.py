@@ -244,8 +244,8 @@ def test_rows_of_any_width_are_as_large_as_the_accounting_says(storage):
             "compressed": cost._row_bytes(stream, storage),
             "index": cost._key_bytes(stream, storage),
         }
-        latent = replace(presets["v3.2"].shape, kv_lora_rank=width, qk_rope_head_dim=6, index_head_dim=width)
-        config = replace(LATENT, kv_lora_rank=width, qk_rope_head_dim=6, index_head_dim=width)
+        widths = {"kv_lora_rank": width, "qk_rope_head_dim": 6, "index_head_dim": max(6, width)}
+        latent, config = replace(presets["v3.2"].shape, **widths), replace(LATENT, **widths)
         expected = {"kv": cost._row_bytes(latent, storage), "index": cost._key_bytes(latent, storage)}
         assert row_bytes(config, storage) == expected
         dense = replace(presets["gqa-8"].shape, num_key_value_heads=2, head_dim=width)

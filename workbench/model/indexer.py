@@ -119,9 +119,7 @@ class TokenIndexer(nn.Module):
         q = rotate_halves(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
         keys = self.remember(x, turns, cache)
-        if isinstance(keys, GrowingRows):
-            q = keys.as_queries(q)
-        return self.index_tap(IndexQueries(q, w, keys))
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
 
     def remember(self, x: Tensor, turns: Tensor, cache: LayerCache | None) -> Rows | GrowingRows:
         """Take the tokens x [B, T, C] in; all index keys so far, [B, S, D]."""
