@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from workbench.config import HybridConfig, ModelConfig
+from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig
 from workbench.errors import InputError
 from workbench.model.language_model import LanguageModel
+from workbench.model.plain import PlainModel
 from workbench.model.transformer import V4Model
 
-MODELS: dict[type, type[LanguageModel]] = {HybridConfig: V4Model}
+MODELS: dict[type, type[LanguageModel]] = {
+    HybridConfig: V4Model,
+    LatentConfig: PlainModel,
+    DenseConfig: PlainModel,
+}
 
 
 def model_class(config: ModelConfig) -> type[LanguageModel]:

@@ -100,7 +100,7 @@ class HybridAttention(nn.Module):
         cache.window.append(self._keys(x[:, -kept:], self._turns(at)[-kept:]))
         self._entries(x, at.start, cache)
         if self.kind == "csa":
-            self.indexer.keys(x, at.start, cache)
+            self.indexer.remember(x, at.start, cache)
 
     def _turns(self, at: Positions) -> Tensor:
         return at.window_turns if self.kind == "window" else at.compressed_turns
