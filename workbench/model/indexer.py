@@ -91,7 +91,8 @@ class Indexer(nn.Module):
         """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2] -> queries, weights and all keys so far."""
         q = rotate(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
-        return self.index_tap(IndexQueries(q, w, self.remember(x, start, cache)))
+        keys = self.remember(x, start, cache)
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
 
     def remember(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
         """Take the tokens x [B, T, C] in; all index keys complete after them, [B, S, D]."""
@@ -121,7 +122,8 @@ class TokenIndexer(nn.Module):
         """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2] -> queries, weights and all keys so far."""
         q = rotate_halves(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
-        return self.index_tap(IndexQueries(q, w, self.remember(x, turns, cache)))
+        keys = self.remember(x, turns, cache)
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
 
     def remember(self, x: Tensor, turns: Tensor, cache: LayerCache | None) -> Rows | GrowingRows:
         """Take the tokens x [B, T, C] in; all index keys so far, [B, S, D]."""

@@ -115,7 +115,7 @@ class HybridAttention(nn.Module):
             return F.pad(new, (0, 0, self.window - 1, 0))
         assert cache.window is not None
         past = cache.window.last(min(cache.window.length, self.window - 1)).to(new.dtype)
-        cache.window.append(new)
+        new = cache.window.append(new).to(new.dtype)
         return torch.cat([F.pad(past, (0, 0, self.window - 1 - past.shape[1], 0)), new], dim=1)
 
     def _entries(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
