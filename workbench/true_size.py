@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from workbench import cost
 from workbench.checkpoint import convert
-from workbench.config import HybridConfig
+from workbench.config import HybridConfig, LatentConfig, ModelConfig
 from workbench.errors import InputError
 from workbench.measurements import ONE_LAYER, LayerMeasurement
+from workbench.model.attention.dense import DenseAttention, TokenPositions
 from workbench.model.attention.hybrid import HybridAttention, Positions
+from workbench.model.attention.latent import LatentAttention
 from workbench.model.kv_cache import GrowingRows, KVCache, Mark
 from workbench.model.layers import Rotary
 from workbench.presets import Preset, presets
@@ -52,10 +54,14 @@ FORMAT, VERSION = "workbench-true-size-layer", "1"
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One decoded token: ``output`` [1, 1, C], and the seconds from its hidden state to there. ``length`` counts this token."""
+    """One decoded token: ``output`` [1, 1, C], and the ``seconds`` from its hidden state to there.
+
+    ``read``: part -> bytes of the cache that attention was handed for it. ``length``: tokens held, this one included.
+    """
 
     output: Tensor
     seconds: float
+    read: dict[str, int]
     length: int
 
 
@@ -70,8 +76,9 @@ def true_size_layer(
 ) -> TrueSizeLayer:
     """The first layer of ``kind`` of a published model, alone, with random weights drawn from ``seed``; its cache is empty.
 
-    ``kind`` is one of ``wb.presets[preset].layer_kinds``. It computes in ``dtype``, bfloat16 unless float32 is asked for, and
-    its cache is stored alike unless ``storage`` names another format.
+    ``kind`` is one of ``wb.presets[preset].layer_kinds``; V3.2 also has "mla", its dense ancestor without an indexer. It
+    computes in ``dtype``, bfloat16 unless float32 is asked for, and its cache is stored alike unless ``storage`` says "bf16",
+    "fp32" or "released".
     Raises InputError for an unknown preset, kind, dtype or storage, and for weights that do not fit in memory.
     """
     preset = presets[preset] if isinstance(preset, str) else preset
@@ -96,33 +103,50 @@ def true_size_layer(
     return TrueSizeLayer(preset, kind, config, sublayer.to(where).eval(), dtype, seed, storage or STORAGE_OF[dtype])
 
 
-def one_layer(preset: Preset, kind: str) -> HybridConfig:
-    """The preset's shape cut down to one layer of ``kind``, free to grow to a million tokens and a few more."""
-    if kind not in preset.layer_kinds:
-        raise InputError(f"{preset.name} has no {kind!r} layer; its kinds are {', '.join(sorted(set(preset.layer_kinds)))}")
-    if not isinstance(preset.shape, HybridConfig):
-        raise InputError(f"{preset.name} cannot be built as a layer yet")
-    kinds = tuple(found for found in preset.shape.layer_kinds if found == kind)[:1]
-    return replace(preset.shape, layer_kinds=kinds, mlp_kinds=("score",), max_position_embeddings=MAX_LENGTH + DECODE_ROOM)
+def one_layer(preset: Preset, kind: str) -> ModelConfig:
+    """The preset's configuration cut down to its first layer of ``kind``, free to grow to a million tokens and a few more."""
+    config, limit = preset.shape, MAX_LENGTH + DECODE_ROOM
+    dense_ancestor = isinstance(config, LatentConfig) and kind == "mla"
+    if kind not in preset.layer_kinds and not dense_ancestor:
+        known = sorted({*preset.layer_kinds, *(["mla"] if isinstance(config, LatentConfig) else [])})
+        raise InputError(f"{preset.name} has no {kind!r} layer; its kinds are {', '.join(known)}")
+    if isinstance(config, HybridConfig):
+        kinds = tuple(found for found in config.layer_kinds if found == kind)[:1]
+        return replace(config, layer_kinds=kinds, mlp_kinds=("score",), max_position_embeddings=limit)
+    if isinstance(config, LatentConfig):
+        topk = 0 if dense_ancestor else config.index_topk
+        return replace(config, num_hidden_layers=1, index_topk=topk, max_position_embeddings=limit)
+    return replace(config, num_hidden_layers=1, max_position_embeddings=limit)
 
 
 class Sublayer(nn.Module):
     """The attention of every layer of a configuration and its rotary tables, without anything else."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attn = nn.ModuleList(HybridAttention(config, kind) for kind in config.layer_kinds)
-        self.window_rotary = Rotary(config, compressed=False)
-        self.compressed_rotary = Rotary(config, compressed=True)
+        self.windowed = isinstance(config, HybridConfig)
+        self.attn = nn.ModuleList(_attention(config, layer) for layer in range(config.num_hidden_layers))
+        if self.windowed:
+            self.window_rotary, self.compressed_rotary = Rotary(config, compressed=False), Rotary(config, compressed=True)
+        else:
+            self.rotary = Rotary(config)
 
     @property
     def layers(self) -> list[Any]:
         """The attention modules, typed."""
         return list(self.attn)
 
-    def positions(self, start: int, count: int) -> Positions:
-        positions = torch.arange(start, start + count, device=self.window_rotary.frequencies.device)
-        return Positions(start, self.window_rotary(positions), self.compressed_rotary(positions))
+    def positions(self, start: int, count: int) -> Positions | TokenPositions:
+        numbers = torch.arange(start, start + count, device=next(self.parameters()).device)
+        if self.windowed:
+            return Positions(start, self.window_rotary(numbers), self.compressed_rotary(numbers))
+        return TokenPositions(start, self.rotary(numbers))
+
+
+def _attention(config: ModelConfig, layer: int) -> nn.Module:
+    if isinstance(config, HybridConfig):
+        return HybridAttention(config, config.layer_kinds[layer])
+    return LatentAttention(config) if isinstance(config, LatentConfig) else DenseAttention(config)
 
 
 class TrueSizeLayer:
@@ -136,7 +160,7 @@ class TrueSizeLayer:
         self,
         preset: Preset,
         kind: str,
-        config: HybridConfig,
+        config: ModelConfig,
         sublayer: Sublayer,
         dtype: torch.dtype,
         seed: int,
@@ -222,12 +246,13 @@ class TrueSizeLayer:
             self._reserve(self.cache.length + DECODE_ROOM, 1)
         x, at = self._states(self.cache.length, 1), self.sublayer.positions(self.cache.length, 1)
         with self._all_or_nothing(1):
+            self.cache.reset_bytes_read()
             synchronise(self.device)
             start = time.perf_counter()
             output = self.sublayer.layers[0](x, at, self.cache.layers[0])
             synchronise(self.device)
             seconds = time.perf_counter() - start
-        return DecodeStep(output, seconds, self.cache.length)
+        return DecodeStep(output, seconds, self.cache.bytes_read_by_part(), self.cache.length)
 
     @cached_property
     def bandwidth_bytes_per_s(self) -> float:
@@ -317,10 +342,9 @@ class TrueSizeLayer:
 
     def _measure(self, steps: int) -> LayerMeasurement:
         """Decode the next ``steps`` tokens and say what the median one took."""
-        taken = [self.decode_step().seconds for _ in range(steps)]
+        taken = [self.decode_step() for _ in range(steps)]
         held, length = self.cache.nbytes_by_part(), self.cache.length
         self._history.append((length, held, self.cache.nbytes_reserved))
-        read = cost.decode_bytes(self.config, length, self.storage)
         found = LayerMeasurement(
             preset=self.preset.name,
             kind=self.kind,
@@ -328,9 +352,9 @@ class TrueSizeLayer:
             storage=self.storage,
             device=device_name(self.device),
             held=held,
-            read={part: read[part] for part in held},
+            read=taken[-1].read,
             weight_bytes=self.weight_bytes,
-            step_s=median(taken),
+            step_s=median(step.seconds for step in taken),
             steps=steps,
             bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,
         )
