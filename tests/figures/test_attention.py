@@ -18,13 +18,10 @@ from workbench.figures.attention import (
     THUMBNAIL_BYTES,
     attention_tile,
     composite_tile,
-    describe,
     layer_thumbnails,
-    query_strip,
-    source_probs,
     thumbnails,
-    top_sources,
 )
+from workbench.figures.query import describe, query_strip, source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
 TRACE = synthetic_trace(97, seed=1)
