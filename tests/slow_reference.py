@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.config import EngramConfig, ModelConfig, RopeConfig
+from workbench.config import EngramConfig, HybridConfig, RopeConfig
 from workbench.model.transformer import V4Model
 
-CONFIG = ModelConfig(
+CONFIG = HybridConfig(
     vocab_size=53,
     hidden_size=24,
     num_attention_heads=3,
@@ -45,7 +45,7 @@ CONFIG = ModelConfig(
 ENGRAM = EngramConfig(layer_ids=(1, 3), vocab_size=61, compressed_vocab_size=29, n_heads=2, head_dim=3, pad_token_id=7)
 
 
-def random_model(config: ModelConfig = CONFIG, seed: int = 0) -> V4Model:
+def random_model(config: HybridConfig = CONFIG, seed: int = 0) -> V4Model:
     """A model in which every term is random, also those that start at zero and would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     model = V4Model(config)
@@ -70,7 +70,7 @@ def random_model(config: ModelConfig = CONFIG, seed: int = 0) -> V4Model:
     return model.eval()
 
 
-def random_config(seed: int, *, engram: bool | None = None) -> ModelConfig:
+def random_config(seed: int, *, engram: bool | None = None) -> HybridConfig:
     """A tiny configuration that differs with the seed; windows, ratios and widths seldom divide one another."""
     draw = random.Random(seed)
     kinds = draw.choices(["window", "csa", "hca"], k=draw.randint(1, 4))
@@ -104,7 +104,7 @@ def random_config(seed: int, *, engram: bool | None = None) -> ModelConfig:
     return config
 
 
-def random_ids(config: ModelConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+def random_ids(config: HybridConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1000 + seed))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workbench.config import EngramConfig, LayerKind, ModelConfig
+from workbench.config import EngramConfig, HybridConfig, LayerKind
 from workbench.trace import EngramTrace, LayerTrace, Span, Timeline, Trace, entry_pooling
 
 # Ordinary words beside everything that breaks a careless page: markup, quotes, line ends, right-to-left text, an emoji.
@@ -73,8 +73,8 @@ def synthetic_trace(
     )
 
 
-def _config(kinds: Sequence[LayerKind], heads: int, window: int, topk: int, csa_ratio: int, hca_ratio: int) -> ModelConfig:
-    return ModelConfig(
+def _config(kinds: Sequence[LayerKind], heads: int, window: int, topk: int, csa_ratio: int, hca_ratio: int) -> HybridConfig:
+    return HybridConfig(
         vocab_size=len(WORDS),
         hidden_size=24,
         num_attention_heads=heads,
@@ -102,7 +102,7 @@ def _config(kinds: Sequence[LayerKind], heads: int, window: int, topk: int, csa_
 
 
 def _layer(
-    rng: np.random.Generator, number: int, kind: LayerKind, length: int, config: ModelConfig, needle: int | None
+    rng: np.random.Generator, number: int, kind: LayerKind, length: int, config: HybridConfig, needle: int | None
 ) -> LayerTrace:
     heads, window = config.num_attention_heads, config.sliding_window
     t = np.arange(length)
@@ -198,7 +198,7 @@ def _timeline(rng: np.random.Generator, tokens: np.ndarray) -> Timeline:
     return Timeline("measured", tuple(spans), "CPU", "made up for tests")
 
 
-def _cache_bytes(config: ModelConfig, ends: np.ndarray) -> dict[str, np.ndarray]:
+def _cache_bytes(config: HybridConfig, ends: np.ndarray) -> dict[str, np.ndarray]:
     """Bytes held by part after each step, in the proportions of a real cache (the tail kept simple)."""
     parts = {name: np.zeros(len(ends), np.int64) for name in ("window", "compressed", "index", "tail", "engram")}
     for kind, ratio in zip(config.layer_kinds, config.compress_ratios, strict=True):

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests import oracles
 from workbench import checkpoint
 from workbench.checkpoint import load, released_name, save
-from workbench.config import EngramConfig, ModelConfig, RopeConfig
+from workbench.config import EngramConfig, HybridConfig, RopeConfig
 from workbench.errors import InputError
 from workbench.model.quant import dequantise_fp4, dequantise_fp8_blocks, quantise_fp4, quantise_fp8_blocks
 from workbench.model.transformer import V4Model
 
-CONFIG = ModelConfig(
+CONFIG = HybridConfig(
     vocab_size=31,
     hidden_size=32,
     num_attention_heads=2,
@@ -45,7 +45,7 @@ IDS = torch.arange(29).unsqueeze(0)
 SENSITIVE = ("hc_", "norm", "ape", "attn_sink", "gate.bias")
 
 
-def toy(config: ModelConfig = CONFIG, seed: int = 0) -> V4Model:
+def toy(config: HybridConfig = CONFIG, seed: int = 0) -> V4Model:
     """A model with every value random, also those that start at zero."""
     torch.manual_seed(seed)
     model = V4Model(config)
@@ -435,7 +435,7 @@ def test_an_unknown_name_lists_what_ships(monkeypatch, tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_numbers(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_available_host_bytes", lambda: 1e5)
+    monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1e5)
     needed = sum(tensor.nbytes for tensor in toy().state_dict().values())
     with pytest.raises(InputError, match=rf"needs {needed / 1e6:.1f} MB of memory but 0.1 MB"):
         load(folder)

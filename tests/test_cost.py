@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from workbench.config import EngramConfig, ModelConfig
+from workbench.config import EngramConfig, HybridConfig
 from workbench.cost import (
     PARTS,
     decode_bytes,
@@ -30,7 +30,7 @@ def published(kinds, **sizes):
         o_groups=8, o_lora_rank=1024, mlp_kinds=("score",) * len(kinds), n_routed_experts=256, num_experts_per_tok=6,
         moe_intermediate_size=2048, index_n_heads=64, index_head_dim=128, index_topk=512,
     )  # fmt: skip
-    return ModelConfig(layer_kinds=tuple(kinds), **(shape | sizes))
+    return HybridConfig(layer_kinds=tuple(kinds), **(shape | sizes))
 
 
 FLASH = published(["window"] * 2 + ["csa", "hca"] * 20 + ["csa"])
@@ -146,7 +146,7 @@ def test_other_bad_input_is_refused():
         kv_bytes(TINY, 5, "int3")
     with pytest.raises(InputError, match="kv_heads"):
         dense_kv_bytes(TINY, 5, 0)
-    with pytest.raises(InputError, match="ModelConfig"):
+    with pytest.raises(InputError, match="HybridConfig"):
         kv_bytes({"head_dim": 4}, 5)
 
 

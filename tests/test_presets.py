@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 import workbench as wb
-from workbench.config import EngramConfig, ModelConfig
+from workbench.config import EngramConfig, HybridConfig
 from workbench.errors import InputError
 from workbench.model.transformer import V4Model
 from workbench.presets import active_parameters
@@ -30,7 +30,7 @@ def test_every_preset_names_the_kind_of_each_layer():
 def test_v4_presets_carry_a_configuration_that_survives_config_json():
     for name in ("v4-flash", "v4-pro"):
         config = wb.presets[name].config
-        assert config is not None and ModelConfig.from_dict(config.to_dict()) == config
+        assert config is not None and HybridConfig.from_dict(config.to_dict()) == config
     assert all(wb.presets[name].config is None for name in ("v4.1-flash", "v3.2", "gqa-8", "mha"))
 
 
@@ -103,7 +103,7 @@ def test_parameters_counted_from_the_shape_are_those_published():
 
 
 def test_active_parameters_are_the_matrices_of_a_live_model_whose_experts_all_work():
-    config = ModelConfig(
+    config = HybridConfig(
         vocab_size=53, hidden_size=22, num_attention_heads=4, head_dim=14, qk_rope_head_dim=6, q_lora_rank=10, o_groups=2,
         o_lora_rank=6, layer_kinds=("window", "csa", "hca"), mlp_kinds=("score",) * 3, n_routed_experts=5,
         num_experts_per_tok=5, moe_intermediate_size=8, index_n_heads=2, index_head_dim=10, index_topk=3, csa_ratio=3,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -28,8 +29,12 @@ COST_COLUMNS = (15, 5, 14, 14, 21, 15, 13, 11)  # widths of the table of devices
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    kept = 2 if arguments[:1] == ["bench"] and not "".join(arguments[1:2]).startswith("-") else None
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(arguments[:kept])
+        if kept:
+            options.arguments = list(arguments[kept:])
         return options.command(options)
     except (WorkbenchError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `workbench doctor | head -1`
@@ -87,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train, fresh=False)
 
     bench = commands.add_parser("bench", help="measure something on this machine; without a name, list what can be measured")
-    bench.add_argument("name", nargs="?", metavar="NAME")
+    bench.add_argument("name", nargs="?", metavar="NAME", help="what follows the name is passed on; `bench NAME --help`")
     bench.add_argument("--all", action="store_true", help="run every benchmark in turn")
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_bench, arguments=[])
 
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
     doctor.set_defaults(command=_doctor)
@@ -278,14 +283,20 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    """Run ``main()`` of benchmarks/NAME.py, or list the names with the first line of each file."""
+    """Run ``main()`` of benchmarks/NAME.py, given the arguments after the name if it takes any, or list the names."""
     root = _checkout("benchmarks")
     files = {path.stem: path for path in sorted((root / "benchmarks").glob("[!_]*.py"))}
     if options.name and options.name not in files:
         raise InputError(f"no benchmark {options.name!r}; there are {', '.join(files) or 'none yet'}")
     sys.path.insert(0, str(root))
     for name in files if options.all else [options.name] if options.name else []:
-        importlib.import_module(f"benchmarks.{name}").main()
+        main = importlib.import_module(f"benchmarks.{name}").main
+        if inspect.signature(main).parameters:
+            main(options.arguments)
+        elif options.arguments:
+            raise InputError(f"benchmark {name!r} takes no arguments, got {' '.join(options.arguments)!r}")
+        else:
+            main()
     if not options.name and not options.all:
         for name, path in files.items():
             about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

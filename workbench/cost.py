@@ -4,7 +4,7 @@ Sources: reference/deepseek-v4.md, sections 4 to 6, and for V4.1 reference/deeps
 D head dim, R rotary dims, I bytes of an index key, E bytes of an entry, m and m' the CSA and HCA block sizes, k entries
 kept. Three storages: "fp32", "bf16", and "released", the packed mixed format of the published model.
 
-Everywhere a model is a ModelConfig, a Preset or a preset's name.
+Everywhere a model is a HybridConfig, a Preset or a preset's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from workbench.config import ModelConfig
+from workbench.config import HybridConfig
 from workbench.errors import InputError
 from workbench.presets import (
     DenseShape,
@@ -28,7 +28,7 @@ from workbench.presets import (
     presets,
 )
 
-Model = ModelConfig | Preset | str
+Model = HybridConfig | Preset | str
 
 STORAGES = ("fp32", "bf16", "released")
 PARTS = ("window", "compressed", "index", "tail", "engram")
@@ -61,7 +61,7 @@ class Term:
         return " × ".join(f"{factor:,}" for factor in self.factors)
 
 
-def entry_bytes(config: ModelConfig, storage: str = "released") -> int:
+def entry_bytes(config: HybridConfig, storage: str = "released") -> int:
     """Bytes of one window or compressed entry, which is key and value at once.
 
     "released": D - R values in FP8, one scale byte for each 64 of them, R values in BF16, padded to a multiple of 8
@@ -74,7 +74,7 @@ def entry_bytes(config: ModelConfig, storage: str = "released") -> int:
     return _ceil(packed, ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT
 
 
-def index_key_bytes(config: ModelConfig, storage: str = "released") -> int:
+def index_key_bytes(config: HybridConfig, storage: str = "released") -> int:
     """Bytes of one lightning-indexer key; "released": FP4, two values a byte, and a scale byte for each 32 (68 for 128)."""
     if _checked(storage) != "released":
         return config.index_head_dim * VALUE_BYTES[storage]
@@ -88,7 +88,7 @@ def terms(model: Model, length: int, storage: str = "released") -> tuple[Term, .
     """
     shape = _shape_for(model, length)
     _checked(storage)
-    if isinstance(shape, ModelConfig):
+    if isinstance(shape, HybridConfig):
         return _hybrid_terms(shape, length, storage)
     layers = shape.num_hidden_layers
     if isinstance(shape, DenseShape):
@@ -113,7 +113,7 @@ def terms(model: Model, length: int, storage: str = "released") -> tuple[Term, .
     )
 
 
-def _hybrid_terms(config: ModelConfig, length: int, storage: str) -> tuple[Term, ...]:
+def _hybrid_terms(config: HybridConfig, length: int, storage: str) -> tuple[Term, ...]:
     entry, key = entry_bytes(config, storage), index_key_bytes(config, storage)
     csa, hca = config.layer_kinds.count("csa"), config.layer_kinds.count("hca")
     m, heavy = config.csa_ratio, config.hca_ratio
@@ -165,7 +165,7 @@ def kv_bytes_per_token(model: Model, storage: str = "released") -> dict[str, flo
     shape = _shape(model)
     _checked(storage)
     grown: dict[str, float]
-    if isinstance(shape, ModelConfig):
+    if isinstance(shape, HybridConfig):
         csa, hca = shape.layer_kinds.count("csa"), shape.layer_kinds.count("hca")
         entry, key = entry_bytes(shape, storage), index_key_bytes(shape, storage)
         grown = {"compressed": entry * (csa / shape.csa_ratio + hca / shape.hca_ratio), "index": key * csa / shape.csa_ratio}
@@ -190,7 +190,8 @@ def decode_bytes(model: Model, length: int, storage: str = "released") -> dict[s
     read = kv_bytes(model, length, storage)
     del read["total"]
     read["tail"] = 0
-    if isinstance(shape, ModelConfig):
+    read["engram"] = kv_bytes(model, max(0, length - 1), storage)["engram"]  # as it was left by the token before
+    if isinstance(shape, HybridConfig):
         read["compressed"] = _attended(shape, length)["compressed"] * entry_bytes(shape, storage)
     elif isinstance(shape, LatentShape):
         read[KV_PART] = _attended(shape, length)[KV_PART] * _row_bytes(shape, storage)
@@ -204,7 +205,7 @@ def decode_flops(model: Model, length: int, weighting: str = "plain") -> dict[st
     """ "projections", "core" (attention itself) and "indexer" -> FLOPs of one decoded token, and their "total".
 
     A multiply-add is 2 FLOPs. Projections are 2 × active parameters: as published for a released preset, counted from the
-    shape for a ModelConfig, and for the baselines only those of attention. "fp8-equivalent" counts BF16 work twice and FP4
+    shape for a HybridConfig, and for the baselines only those of attention. "fp8-equivalent" counts BF16 work twice and FP4
     half: the core twice, the FP4 indexer of V4 and V4.1 half, V3.2's FP8 indexer once, all of a BF16 baseline twice. This
     weighting is inferred: it matches both factors of the V4 report (reference/deepseek-v4.md, section 6). InputError for a
     bad length or weighting.
@@ -232,7 +233,7 @@ def _active(model: Model, shape: Shape) -> float:
     preset = presets[model] if isinstance(model, str) else model
     if isinstance(preset, Preset) and preset.active_parameters:
         return preset.active_parameters
-    if isinstance(shape, ModelConfig):
+    if isinstance(shape, HybridConfig):
         return active_parameters(shape)
     assert isinstance(shape, DenseShape)  # the other shapes come only with a preset
     query_and_output = 2 * shape.num_attention_heads * shape.head_dim
@@ -241,7 +242,7 @@ def _active(model: Model, shape: Shape) -> float:
 
 def _attended(shape: Shape, length: int) -> dict[str, int]:
     """Part -> rows that the one query of a decode step attends to, summed over the layers."""
-    if isinstance(shape, ModelConfig):
+    if isinstance(shape, HybridConfig):
         csa, hca = shape.layer_kinds.count("csa"), shape.layer_kinds.count("hca")
         kept = csa * min(shape.index_topk, length // shape.csa_ratio) + hca * (length // shape.hca_ratio)
         return {"window": shape.num_hidden_layers * min(length, shape.sliding_window), "compressed": kept}
@@ -254,7 +255,7 @@ def _attended(shape: Shape, length: int) -> dict[str, int]:
 
 def _scored_keys(shape: Shape, length: int) -> int:
     """Index keys that are scored for one query, summed over the layers that run an indexer."""
-    if isinstance(shape, ModelConfig):
+    if isinstance(shape, HybridConfig):
         return shape.layer_kinds.count("csa") * (length // shape.csa_ratio)
     if isinstance(shape, SharedStreamShape):  # reindexing layers choose inside the candidate pool
         pool = shape.candidate_topk_blocks * shape.candidate_block_size
@@ -288,7 +289,7 @@ def _key_bytes(shape: LatentShape | SharedStreamShape, storage: str) -> int:
     return _ceil(width, 2) + _ceil(width, FP4_SCALE_BLOCK)
 
 
-def dense_kv_bytes(config: ModelConfig, length: int, kv_heads: int, storage: str = "released") -> int:
+def dense_kv_bytes(config: HybridConfig, length: int, kv_heads: int, storage: str = "released") -> int:
     """Bytes a dense cache "of the same width" would hold: a key and a value per token, layer and KV head.
 
     It keeps this model's layer count, query heads and head_dim, and shares the query heads among
@@ -302,14 +303,14 @@ def dense_kv_bytes(config: ModelConfig, length: int, kv_heads: int, storage: str
     return config.num_hidden_layers * length * 2 * min(kv_heads, config.num_attention_heads) * config.head_dim * value
 
 
-def formula(config: ModelConfig, length: int, storage: str = "released") -> list[str]:
+def formula(config: HybridConfig, length: int, storage: str = "released") -> list[str]:
     """Lines to read: what E and I stand for, then each product in symbols, in numbers, and its result in bytes."""
     lines = [units(config, storage)]
     lines += [f"{t.part}: {t.symbols} = {t.numbers} = {t.nbytes:,} B" for t in terms(config, length, storage)]
     return [*lines, f"total: {kv_bytes(config, length, storage)['total']:,} B"]
 
 
-def units(config: ModelConfig, storage: str = "released") -> str:
+def units(config: HybridConfig, storage: str = "released") -> str:
     """One line saying where the bytes of an entry (E) and of an index key (I) come from."""
     entry, key = entry_bytes(config, storage), index_key_bytes(config, storage)
     dim, rope, index = config.head_dim, config.qk_rope_head_dim, config.index_head_dim
@@ -482,8 +483,8 @@ def _shape(model: Model) -> Shape:
         return presets[model].shape
     if isinstance(model, Preset):
         return model.shape
-    if not isinstance(model, ModelConfig):
-        raise InputError(f"expected a ModelConfig such as model.config, a preset or its name, got {type(model).__name__}")
+    if not isinstance(model, HybridConfig):
+        raise InputError(f"expected a HybridConfig such as model.config, a preset or its name, got {type(model).__name__}")
     return model
 
 
@@ -497,4 +498,4 @@ def _shape_for(model: Model, length: int) -> Shape:
 
 
 def length_limit(shape: Shape) -> int:
-    return shape.max_position_embeddings if isinstance(shape, ModelConfig) else shape.max_length or LENGTH_CAP
+    return shape.max_position_embeddings if isinstance(shape, HybridConfig) else shape.max_length or LENGTH_CAP

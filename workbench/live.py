@@ -17,7 +17,7 @@ import torch
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.memory.prefetch import POLICIES
-from workbench.model.transformer import V4Model
+from workbench.model.language_model import LanguageModel
 from workbench.recorder import Recorder
 from workbench.runtime import device_name, threads_for_run, use_threads
 from workbench.trace import Timeline, Trace
@@ -37,7 +37,7 @@ class RunEvent:
     text: str = ""  # of the new token
 
 
-def encode(model: V4Model, prompt: str | Sequence[int]) -> list[int]:
+def encode(model: LanguageModel, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt. Raises InputError for an empty one, one the model cannot read, or one beyond its limit."""
     if isinstance(prompt, str):
         if not prompt:
@@ -64,7 +64,7 @@ def encode(model: V4Model, prompt: str | Sequence[int]) -> list[int]:
     return ids
 
 
-def token_texts(model: V4Model, ids: Sequence[int]) -> tuple[str, ...]:
+def token_texts(model: LanguageModel, ids: Sequence[int]) -> tuple[str, ...]:
     """Each token's own text; pieces of a multi-byte character show as U+FFFD."""
     if model.tokenizer is None:
         return tuple(f"[{i}]" for i in ids)
@@ -76,7 +76,7 @@ class LiveRun:
 
     def __init__(
         self,
-        model: V4Model,
+        model: LanguageModel,
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = 64,
@@ -285,7 +285,7 @@ class LiveRun:
 
 
 def run(
-    model: V4Model,
+    model: LanguageModel,
     prompt: str | Sequence[int],
     *,
     max_new_tokens: int = 64,

@@ -17,7 +17,7 @@ import torch
 
 from workbench.errors import InputError
 from workbench.live import encode
-from workbench.model.transformer import V4Model
+from workbench.model.language_model import LanguageModel
 from workbench.runtime import device_name, threads_for_run, use_threads
 from workbench.trace import LayerTrace, Trace
 from workbench.training import score, tasks
@@ -52,7 +52,7 @@ def sample_text() -> str:
 
 
 def hide_needle(
-    model: V4Model,
+    model: LanguageModel,
     text: str,
     key: str = "apple",
     value: str = "37",
@@ -93,7 +93,7 @@ def hide_needle(
     return Needle(ids, cut + holds[0], key, value, tuple(record[i] for i in holds), tuple(sorted({end, named}, reverse=True)))
 
 
-def _word_start(model: V4Model, ids: list[int], at: int) -> int:
+def _word_start(model: LanguageModel, ids: list[int], at: int) -> int:
     """The next place from ``at`` on where a word begins, so that the sentence does not split one; ``at`` if none is near."""
     for place in range(at, min(at + 8, len(ids)) if at else 0):
         if model.tokenizer.decode([ids[place]])[:1].isspace():  # type: ignore[union-attr]
@@ -167,7 +167,7 @@ def chance(visible: int, kept: int, right: int = 2) -> float:
     return 1.0 - misses if right else 0.0
 
 
-def needle_rates(model: V4Model, topk: int | None = None, *, sequences: int = 12, seed: int = 7) -> dict[str, Any]:
+def needle_rates(model: LanguageModel, topk: int | None = None, *, sequences: int = 12, seed: int = 7) -> dict[str, Any]:
     """Far recall and the indexers' hit rates on ``sequences`` held-out streams of 256 tokens, chance beside them.
 
     Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``hits`` has one rate for each CSA
@@ -194,7 +194,7 @@ def needle_rates(model: V4Model, topk: int | None = None, *, sequences: int = 12
 
 
 def needle_trials(
-    model: V4Model,
+    model: LanguageModel,
     sentence: str = SENTENCE,
     question: str = QUESTION,
     digits: int = 2,
@@ -250,14 +250,14 @@ def needle_trials(
     }
 
 
-def untrained_twin(model: V4Model, seed: int = 0) -> V4Model:
+def untrained_twin(model: LanguageModel, seed: int = 0) -> LanguageModel:
     """The same shape and tokenizer with the random weights training starts from."""
-    twin = V4Model.untrained(model.config, seed).to(model.device)
+    twin = type(model).untrained(model.config, seed).to(model.device)
     if model.config.engram:
         twin.engram_canonical_ids.copy_(model.engram_canonical_ids)
     twin.tokenizer, twin.name = model.tokenizer, f"{model.name} untrained"
     return twin
 
 
-def _label(model: V4Model) -> str:
+def _label(model: LanguageModel) -> str:
     return f"{model.name} ({model.what}), measured on {device_name(str(model.device))}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from workbench.config import LayerKind, ModelConfig, RopeConfig
+from workbench.config import HybridConfig, LayerKind, RopeConfig
 from workbench.errors import InputError
 
 Certainty = Literal["read in code", "published", "derived", "secondary", "uncertain"]
@@ -117,7 +117,7 @@ class SharedStreamShape:
         return tuple(self.compress_ratios[layer] for layer in self.kv_source_layer_ids)
 
 
-Shape = ModelConfig | DenseShape | LatentShape | SharedStreamShape
+Shape = HybridConfig | DenseShape | LatentShape | SharedStreamShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +161,8 @@ class Preset:
     weights: Weights | None = None
 
     @property
-    def config(self) -> ModelConfig | None:
-        return self.shape if isinstance(self.shape, ModelConfig) else None
+    def config(self) -> HybridConfig | None:
+        return self.shape if isinstance(self.shape, HybridConfig) else None
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -247,7 +247,7 @@ _V4_COMPRESS_ROPE = RopeConfig(theta=160000.0, factor=16.0, original_max_positio
 _FLASH_KINDS: tuple[LayerKind, ...] = ("window", "window", *(("csa", "hca") * 20), "csa")
 _PRO_KINDS: tuple[LayerKind, ...] = ("hca", "hca", *(("csa", "hca") * 29), "csa")
 
-_FLASH = ModelConfig(
+_FLASH = HybridConfig(
     vocab_size=129280,
     hidden_size=4096,
     num_attention_heads=64,
@@ -267,7 +267,7 @@ _FLASH = ModelConfig(
     routed_scaling_factor=1.5,
     compress_rope=_V4_COMPRESS_ROPE,
 )
-_PRO = ModelConfig(
+_PRO = HybridConfig(
     vocab_size=129280,
     hidden_size=7168,
     num_attention_heads=128,
@@ -289,7 +289,7 @@ _PRO = ModelConfig(
 )
 
 
-def _v4_weights(config: ModelConfig) -> Weights:
+def _v4_weights(config: HybridConfig) -> Weights:
     """Routed experts in FP4 (half a byte and a scale byte for each 32), embedding and head in BF16, the rest about a byte."""
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     experts = config.num_hidden_layers * config.n_routed_experts * expert * (1 / 2 + 1 / 32)
@@ -306,7 +306,7 @@ def _v4_weights(config: ModelConfig) -> Weights:
     )
 
 
-def active_parameters(config: ModelConfig) -> int:
+def active_parameters(config: HybridConfig) -> int:
     """Weights that multiply one token on its way through the model: matrices only, the embedding being a look-up."""
     d, heads, dim, rank = config.hidden_size, config.num_attention_heads, config.head_dim, config.q_lora_rank
     index = config.index_n_heads * config.index_head_dim

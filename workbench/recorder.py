@@ -22,9 +22,19 @@ from workbench.memory.prefetch import Lookup
 from workbench.model.attention.hybrid import Attention
 from workbench.model.engram import EngramGates
 from workbench.model.indexer import IndexQueries
-from workbench.model.kv_cache import PARTS, KVCache
-from workbench.model.transformer import V4Model
-from workbench.trace import FULL_ROW_TOKENS, EngramTrace, LayerTrace, Span, Timeline, entry_pooling
+from workbench.model.kv_cache import GrowingRows, KVCache, Rows
+from workbench.model.language_model import LanguageModel
+from workbench.trace import (
+    ATTENDING_TO_ALL,
+    FULL_ROW_TOKENS,
+    INDEXING,
+    SELECTING,
+    EngramTrace,
+    LayerTrace,
+    Span,
+    Timeline,
+    entry_pooling,
+)
 
 PENDING_STEPS = 64  # decoded tokens whose tensors wait to be turned into arrays together
 
@@ -78,7 +88,7 @@ class LayerRecord:
         self.layer, self.kind, self.ratio = layer, kind, ratio
         self.columns = {name: Column(*how) for name, how in _COLUMNS.items()}
         self.pending: list[Attention | IndexQueries] = []
-        self.index_keys: Tensor | None = None
+        self.index_keys: Rows | GrowingRows | None = None
 
     def flush(self) -> None:
         pending, self.pending = self.pending, []
@@ -87,9 +97,9 @@ class LayerRecord:
         for run in _alike(attention):
             self._append("window_probs", [a.window_probs for a in run])
             self._append("sink_probs", [a.sink_probs for a in run])
-            if self.kind == "csa":
+            if self.kind in SELECTING:
                 self._append_selection(run)
-            elif self.kind == "hca":
+            elif self.kind in ATTENDING_TO_ALL:
                 for a in run:
                     self.columns["entry_probs"].append(pooled_rows(a.entry_probs[0], a.start, self.ratio))
         for queries in index:
@@ -117,14 +127,15 @@ class LayerRecord:
     def snapshot(self, length: int) -> LayerTrace:
         self.flush()
         names = ["window_probs", "sink_probs"]
-        if self.kind == "csa":
+        if self.kind in SELECTING:
             names += ["selected", "selected_scores", "selected_probs", "runner_up", "runner_up_scores"]
-            names += ["index_queries", "index_weights"]
-        elif self.kind == "hca":
+        elif self.kind in ATTENDING_TO_ALL:
             names += ["entry_probs"]
+        if self.kind in INDEXING:
+            names += ["index_queries", "index_weights"]
         arrays = {name: self.columns[name].rows()[:length] for name in names}
         if self.index_keys is not None:
-            arrays["index_keys"] = self.index_keys[0, : length // self.ratio].float().cpu().numpy()
+            arrays["index_keys"] = self.index_keys.read(0, length // self.ratio)[0].float().cpu().numpy()
         return LayerTrace(self.layer, self.kind, self.ratio, **arrays)
 
 
@@ -168,13 +179,13 @@ def pooled_rows(probs: Tensor, start: int, ratio: int) -> np.ndarray:
 
 
 @contextmanager
-def csa_attention(model: V4Model) -> Iterator[dict[int, list[Attention]]]:
-    """What the attention of each CSA layer sees in this thread's calls of the model: layer -> records, gradients and all.
+def selecting_attention(model: LanguageModel) -> Iterator[dict[int, list[Attention]]]:
+    """What the attention of each layer that selects entries sees in this thread's calls: layer -> records, gradients and all.
 
     For losses and scores; a Recorder keeps more, as arrays. The hooks go when the block ends.
     """
     thread = threading.get_ident()
-    seen: dict[int, list[Attention]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind == "csa"}
+    seen: dict[int, list[Attention]] = {i: [] for i, kind in enumerate(model.config.layer_kinds) if kind in SELECTING}
 
     def note(records: list[Attention], record: Attention) -> None:
         if threading.get_ident() == thread:
@@ -192,7 +203,7 @@ def csa_attention(model: V4Model) -> Iterator[dict[int, list[Attention]]]:
 class Recorder:
     """Use as a context around the calls of one thread; ``step`` before each call of the model, ``finish_step`` after it."""
 
-    def __init__(self, model: V4Model, *, spans_only: bool = False) -> None:
+    def __init__(self, model: LanguageModel, *, spans_only: bool = False) -> None:
         """``spans_only`` times blocks and lookups and leaves attention alone."""
         self.model, self.spans_only = model, spans_only
         config = model.config
@@ -201,7 +212,7 @@ class Recorder:
         engram_layers = config.engram.layer_ids if config.engram else ()
         self.engram = {layer: (Column(np.int64), Column(np.float16)) for layer in engram_layers}
         self.spans: list[Span] = []
-        self.cache_bytes = {part: Column(np.int64) for part in PARTS}
+        self.cache_bytes: dict[str, Column] = {}  # by part, those the model's cache has
         self.cache_reserved = Column(np.int64)
         self.step_starts = Column(np.int32)
         self.length = 0
@@ -218,7 +229,7 @@ class Recorder:
         for i, block in enumerate(self.model.blocks):
             if not self.spans_only:
                 self._hook(block.attn.attention_tap.register_forward_hook, self._on_attention(self.layers[i]))
-            if self.layers[i].kind == "csa" and not self.spans_only:
+            if self.layers[i].kind in INDEXING and not self.spans_only:
                 self._hook(block.attn.indexer.index_tap.register_forward_hook, self._on_index(self.layers[i]))
             if i in self.engram:
                 if not self.spans_only:
@@ -290,7 +301,7 @@ class Recorder:
             self.length += tokens
             self._steps += 1
             for part, held in cache.nbytes_by_part().items():
-                self.cache_bytes[part].append(np.array([held]))
+                self.cache_bytes.setdefault(part, Column(np.int64)).append(np.array([held]))
             self.cache_reserved.append(np.array([cache.nbytes_reserved]))
             if tokens > 1 or self._steps % PENDING_STEPS == 0:
                 for layer in self.layers:

@@ -26,6 +26,11 @@ SHIPPED = Path(__file__).parent / "assets" / "traces"
 MAX_BYTES = 8 * 2**30  # a manifest that asks for more than this is refused before anything is allocated
 # Beyond this many tokens of context a row over all entries is max-pooled, so that memory grows with L and never with L x L.
 FULL_ROW_TOKENS = 2048
+# Kinds of attention layers. Those that keep a few entries for each query, and of these the ones that choose for themselves;
+# those that attend to every entry. In MLA, GQA and MHA, and in V3.2's selection, an entry is a token.
+SELECTING = ("csa", "csa2-full", "csa2-reindex", "csa2-reuse", "mla-dsa")
+INDEXING = ("csa", "csa2-full", "csa2-reindex", "mla-dsa")
+ATTENDING_TO_ALL = ("hca", "mla", "gqa", "mha")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +81,15 @@ class Timeline:
 class LayerTrace:
     """What one attention layer did for each of L query tokens (batch entry 0).
 
-    ``window_probs`` [L, H, W] float16: column w is token t - W + 1 + w, the last one the query itself; 0 before token 0.
-    ``sink_probs`` [L, H] float16. CSA only: ``selected`` [L, K] int32 entries, best first, -1 where none was left;
+    ``window_probs`` [L, H, W] float16: column w is token t - W + 1 + w, the last one the query itself; 0 before token 0; W is 0
+    in layers without a window. ``sink_probs`` [L, H] float16, 0 where there is no sink.
+    Layers that select (``SELECTING``): ``selected`` [L, K] int32 entries, best first, -1 where none was left;
     ``selected_scores`` [L, K] float32 index scores; ``selected_probs`` [L, H, K] float16; ``runner_up`` [L] int32 and
-    ``runner_up_scores`` [L] float32, the best entry that was not kept (-1, NaN if none); ``index_queries`` [L, Hi, Di],
-    ``index_weights`` [L, Hi], ``index_keys`` [S, Di], from which any row of scores is recomputed (``index_scores``).
-    HCA only: ``entry_probs`` [L, H, E] float16 over all entries; column c of row t is the maximum over entries
-    c * p .. c * p + p - 1 with p = ``entry_pooling(t)``, which is 1 up to 2,048 tokens of context.
+    ``runner_up_scores`` [L] float32, the best entry that was not kept (-1, NaN if none). Those that choose for themselves
+    (``INDEXING``): ``index_queries`` [L, Hi, Di], ``index_weights`` [L, Hi], ``index_keys`` [S, Di], from which any row of
+    scores is recomputed (``index_scores``). Layers that attend to all (``ATTENDING_TO_ALL``): ``entry_probs`` [L, H, E]
+    float16 over all entries; column c of row t is the maximum over entries c * p .. c * p + p - 1 with
+    p = ``entry_pooling(t)``, which is 1 up to 2,048 tokens of context.
     """
 
     layer: int
@@ -113,6 +120,20 @@ class LayerTrace:
         return self.window_probs.shape[2]
 
     @property
+    def selects(self) -> bool:
+        """True where each query keeps a few entries, False where it attends to all of them or has none."""
+        return self.kind in SELECTING
+
+    @property
+    def indexes(self) -> bool:
+        """True where the layer scores entries itself; V4.1's reusing layers take another layer's choice."""
+        return self.kind in INDEXING
+
+    @property
+    def attends_to_all(self) -> bool:
+        return self.kind in ATTENDING_TO_ALL
+
+    @property
     def entries(self) -> int:
         """Compressed entries complete at the end of the trace."""
         return self.length // self.ratio if self.ratio else 0
@@ -137,7 +158,7 @@ class LayerTrace:
         I[t, s] = sum_h w[t, h] relu(q[t, h] . k[s])   (DeepSeek-V4 lightning indexer, reference section 2.2)
         """
         if self.index_queries is None or self.index_weights is None or self.index_keys is None:
-            raise InputError(f"layer {self.layer} is a {self.kind} layer and has no lightning indexer; choose a csa layer")
+            raise InputError(f"layer {self.layer} is a {self.kind} layer and has no lightning indexer; choose another layer")
         keys = self.index_keys[: self.visible_entries(t)].astype(np.float32)  # [S, Di]
         relu = np.maximum(self.index_queries[t].astype(np.float32) @ keys.T, 0.0)  # [Hi, S]
         return self.index_weights[t].astype(np.float32) @ relu
@@ -280,8 +301,9 @@ def _find_folder(source: str | Path) -> Path:
 _PLAIN = ("model", "what", "device", "config", "prompt_length", "storage", "notes")
 _NEEDED: dict[str, tuple[str, ...]] = {
     "window": (),
-    "csa": ("selected", "selected_scores", "selected_probs", "index_queries", "index_weights"),
-    "hca": ("entry_probs",),
+    **dict.fromkeys(SELECTING, ("selected", "selected_scores", "selected_probs")),
+    **dict.fromkeys(INDEXING, ("selected", "selected_scores", "selected_probs", "index_queries", "index_weights")),
+    **dict.fromkeys(ATTENDING_TO_ALL, ("entry_probs",)),
 }
 _ARRAYS = ("token_ids", "step_starts", "cache_reserved", "top_ids", "top_probs", "next_ids")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.synthetic import synthetic_trace
-from workbench.config import ModelConfig
+from workbench.config import HybridConfig
 from workbench.cost import PARTS, dense_kv_bytes, kv_bytes
 from workbench.errors import InputError
 from workbench.figures.memory import kv_growth, kv_panel_html
@@ -13,7 +13,7 @@ from workbench.figures.memory import kv_growth, kv_panel_html
 def trace_with_heads(heads):
     """A trace whose cache held exactly what the formula says."""
     trace = synthetic_trace(47, prompt_length=31, prefill_chunk=13, heads=heads)
-    config = ModelConfig.from_dict(trace.config)
+    config = HybridConfig.from_dict(trace.config)
     held = [kv_bytes(config, trace.step_end(step), trace.storage) for step in range(trace.steps)]
     return replace(trace, cache_bytes={part: np.array([h[part] for h in held]) for part in PARTS})
 
@@ -39,7 +39,7 @@ def test_room_reserved_is_a_line_of_its_own_above_what_is_held():
 
 
 def test_modelled_lines_say_so_and_start_before_the_first_step_ends():
-    config = ModelConfig.from_dict(TRACE.config)
+    config = HybridConfig.from_dict(TRACE.config)
     fig = kv_growth(TRACE)
     own, mha = line(fig, "this model"), line(fig, "MHA = GQA-8")
     assert "modelled (formula)" in own.name and "modelled (formula)" in mha.name and "min(8, 3)" in mha.name

@@ -11,6 +11,7 @@ from tests.slow_reference import CONFIG, SlowV4, in_pieces, random_ids, random_m
 from workbench.errors import InputError
 from workbench.model import indexer
 from workbench.model.indexer import score_chunk, select_entries, topk_lower_first
+from workbench.model.kv_cache import Rows
 from workbench.training.score import selected_entries
 
 ORDERED = [-torch.inf, -3.4e38, -2.0, -1e-38, -1e-45, 0.0, 1e-45, 1e-38, 2.0, 3.4e38, torch.inf]
@@ -56,7 +57,7 @@ def test_scores_and_selection_equal_the_equation(seed, monkeypatch):
     closed[0] = 0
     full = torch.einsum("bth,bths->bts", w.double(), torch.einsum("bthd,bsd->bths", q.double(), keys.double()).relu())
     assert torch.allclose(score_chunk(q, w, keys).double(), full, atol=1e-4)
-    best, entries = select_entries(q, w, keys, closed, k)
+    best, entries = select_entries(q, w, Rows(keys), closed, k)
     assert best.shape == entries.shape == (b, t, k) and best.dtype == torch.float32
     for row, i in itertools.product(range(b), range(t)):
         expected = by_hand(full[row, i, : closed[i]].tolist(), k)
@@ -68,12 +69,12 @@ def test_scores_and_selection_equal_the_equation(seed, monkeypatch):
 def test_scores_that_are_all_exactly_zero_select_the_first_entries():
     q, keys = -torch.ones(1, 4, 2, 3), torch.ones(1, 9, 3)  # every product is negative: relu makes 0
     for w in (torch.ones(1, 4, 2), -torch.ones(1, 4, 2)):  # negative weights make -0.0
-        _, entries = select_entries(q, w, keys, torch.tensor([0, 2, 5, 9]), 3)
+        _, entries = select_entries(q, w, Rows(keys), torch.tensor([0, 2, 5, 9]), 3)
         assert entries[0].tolist() == [[-1, -1, -1], [0, 1, -1], [0, 1, 2], [0, 1, 2]]
 
 
 def test_zero_beats_negative_scores_and_loses_to_positive_ones():
-    keys = torch.tensor([[[-1.0], [1.0], [-1.0], [2.0], [-3.0]]])
+    keys = Rows(torch.tensor([[[-1.0], [1.0], [-1.0], [2.0], [-3.0]]]))
     entries = [
         select_entries(torch.ones(1, 1, 1, 1), torch.tensor([[[w]]]), keys, torch.tensor([5]), 4).entries.flatten().tolist()
         for w in (1.0, -1.0)
@@ -84,12 +85,12 @@ def test_zero_beats_negative_scores_and_loses_to_positive_ones():
 @pytest.mark.parametrize("topk", [0, -1])
 def test_a_topk_below_one_is_refused(topk):
     with pytest.raises(InputError, match=f"topk must be positive, got {topk}"):
-        select_entries(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), torch.ones(1, 2, 1), torch.tensor([2]), topk)
+        select_entries(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), Rows(torch.ones(1, 2, 1)), torch.tensor([2]), topk)
 
 
 def test_a_topk_beyond_the_entries_keeps_them_all():
     q, w, keys = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), torch.tensor([[[1.0], [3.0], [2.0]]])
-    assert select_entries(q, w, keys, torch.tensor([3]), 99).entries.flatten().tolist() == [1, 2, 0]
+    assert select_entries(q, w, Rows(keys), torch.tensor([3]), 99).entries.flatten().tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -9,6 +9,7 @@ import torch
 from tests.slow_reference import CONFIG, ENGRAM, in_pieces, random_config, random_ids, random_model, random_pieces
 from workbench import cost
 from workbench.errors import InputError, WorkbenchError
+from workbench.model.formats import STORAGES, PlainFormat
 from workbench.model.kv_cache import PARTS, GrowingRows, KVCache
 
 WITH_ENGRAM = replace(CONFIG, engram=ENGRAM)
@@ -38,7 +39,7 @@ def storage_bytes(cache: KVCache) -> int:
     return sum(blocks.values())
 
 
-@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("seed", range(6))
 def test_bytes_held_equal_the_closed_form_at_every_length(seed, storage):
     config = random_config(300 + seed, engram=seed % 2 == 0)
@@ -56,14 +57,14 @@ def test_bytes_held_equal_the_closed_form_at_every_length(seed, storage):
         model.fetcher.close()
 
 
-@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+@pytest.mark.parametrize("storage", STORAGES)
 def test_an_empty_cache_holds_nothing(storage):
     cache = random_model(WITH_ENGRAM).new_cache(2, storage)
     assert cache.length == 0 and cache.nbytes == 0 and cache.nbytes_by_part() == dict.fromkeys(PARTS, 0)
     assert cache.nbytes_reserved == storage_bytes(cache)
 
 
-@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("sizes", [[1] * 40, [71], [300], [13, 1, 64, 1, 1, 29]])
 def test_the_memory_really_allocated_is_what_is_held_plus_what_is_reserved(sizes, storage):
     model = random_model(WITH_ENGRAM)
@@ -87,15 +88,15 @@ def test_a_model_in_half_precision_counts_its_state_right():
 
 
 def test_growth_copies_seldom_however_many_rows_come_one_by_one():
-    rows = GrowingRows(1, 3, torch.float32, torch.device("cpu"))
+    rows = GrowingRows(1, PlainFormat(3, torch.float32), torch.device("cpu"))
     blocks, everything = [], torch.randn(1, 5000, 3)
     for i in range(5000):
         rows.append(everything[:, i : i + 1])
-        if not blocks or rows.rows.untyped_storage().data_ptr() != blocks[-1]:
-            blocks.append(rows.rows.untyped_storage().data_ptr())
+        if not blocks or rows.read().untyped_storage().data_ptr() != blocks[-1]:
+            blocks.append(rows.read().untyped_storage().data_ptr())
     assert len(blocks) <= 13  # 64 x 1.5^11 > 5000
     assert rows.nbytes_allocated <= 1.5 * rows.nbytes + 64 * 12
-    assert torch.equal(rows.rows, everything)
+    assert torch.equal(rows.read(), everything)
 
 
 def test_a_decoded_token_reallocates_only_when_a_part_is_full():
@@ -105,7 +106,7 @@ def test_a_decoded_token_reallocates_only_when_a_part_is_full():
         for t in range(300):
             model(ids[:, t : t + 1], cache, "last")
             now = {
-                store.rows.untyped_storage().data_ptr()
+                store.read().untyped_storage().data_ptr()
                 for layer in cache.layers
                 for store in (layer.compressed, layer.index)
                 if store is not None and store.length
@@ -179,7 +180,10 @@ def test_a_refused_call_leaves_the_cache_usable():
     model.fetcher.close()
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"storage": "fp8"}, "'fp8' is unknown"), ({"batch_size": 0}, "got 0")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"storage": "fp8"}, "'fp8' is unknown; choose one of .*'fp32', 'bf16', 'released'"), ({"batch_size": 0}, "got 0")],
+)
 def test_unusable_caches_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         random_model().new_cache(**settings)

@@ -16,7 +16,7 @@ from workbench.checkpoint import load
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
 from workbench.model.indexer import Selection
-from workbench.recorder import csa_attention
+from workbench.recorder import selecting_attention
 from workbench.training import tally, tasks, train
 from workbench.training.optimiser import Muon, optimisers, orthogonalise
 from workbench.training.recipes import RECIPES, Phase, recipe_named
@@ -188,10 +188,10 @@ def graded(loss: torch.Tensor, model: Any) -> dict[str, bool]:
 @pytest.mark.parametrize("topk", [None, 1000], ids=["sparse", "dense"])
 def test_the_indexer_learns_from_its_own_loss_alone_and_the_model_never_from_it(topk):
     model, ids = random_model(replace(CONFIG, engram=ENGRAM)), random_ids(CONFIG, 2, 61)
-    with csa_attention(model) as records:
+    with selecting_attention(model) as records:
         logits = model(ids, topk=topk)
     by_index = graded(train.indexer_loss(records), model)
-    with csa_attention(model):
+    with selecting_attention(model):
         logits = model(ids, topk=topk)
     by_text = graded(train.next_token_loss(logits, ids, torch.ones_like(ids, dtype=torch.bool)), model)
     indexer = {name for name in by_index if ".indexer." in name}
@@ -257,7 +257,7 @@ def test_loads_count_every_tokens_experts_and_hooks_go():
     with train.routed(model) as loads:
         model(random_ids(CONFIG, 3, 17))
     assert {layer: float(load.sum()) for layer, load in loads.items()} == dict.fromkeys(range(4), 3 * 17 * 2)
-    with pytest.raises(KeyboardInterrupt), csa_attention(model), train.routed(model):
+    with pytest.raises(KeyboardInterrupt), selecting_attention(model), train.routed(model):
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from workbench import cost
-from workbench.config import ModelConfig
+from workbench.config import HybridConfig
 from workbench.errors import InputError
 from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILLION, chart_text, styled
 from workbench.trace import Trace
@@ -123,7 +123,7 @@ def _row(part: str, sums: str, expected: int | None, live: int) -> str:
     return f"<tr><th scope='row'>{escape(part)}</th>{counts}<td class='sum'>{sums}</td></tr>"
 
 
-def _add_modelled(fig: go.Figure, config: ModelConfig, storage: str, tokens: list[int]) -> None:
+def _add_modelled(fig: go.Figure, config: HybridConfig, storage: str, tokens: list[int]) -> None:
     marks = sorted({1, *tokens, *(max(1, round(i * tokens[-1] / MODELLED_POINTS)) for i in range(MODELLED_POINTS + 1))})
     totals = [cost.kv_bytes(config, n, storage)["total"] for n in marks]
     _add_line(fig, marks, totals, "this model, modelled (formula)", GREY, "dot")
@@ -149,10 +149,10 @@ def _held(trace: Trace, step: int) -> int:
     return sum(int(trace.cache_bytes[part][step]) for part in _parts(trace))
 
 
-def _config(trace: Trace) -> ModelConfig | None:
+def _config(trace: Trace) -> HybridConfig | None:
     """The configuration ``cost`` needs, or None for a run of another kind of model."""
     try:
-        return ModelConfig.from_dict(trace.config)
+        return HybridConfig.from_dict(trace.config)
     except InputError:
         return None
 

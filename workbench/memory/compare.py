@@ -14,7 +14,7 @@ import torch
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.memory.prefetch import RowFetcher
-from workbench.model.transformer import V4Model
+from workbench.model.language_model import LanguageModel
 from workbench.recorder import Recorder
 from workbench.runtime import device_name, threads_for_run, use_threads
 from workbench.trace import Timeline
@@ -58,7 +58,7 @@ class TimingFetcher(RowFetcher):
 
 
 def compare_prefill(
-    model: V4Model,
+    model: LanguageModel,
     *,
     tokens: int = 4096,
     table_bytes: int = 256 * 2**20,
@@ -102,7 +102,7 @@ def compare_prefill(
     return serial, prefetched
 
 
-def _measure(model: V4Model, ids: torch.Tensor, policy: str, note: str) -> Timeline:
+def _measure(model: LanguageModel, ids: torch.Tensor, policy: str, note: str) -> Timeline:
     recorder = Recorder(model, spans_only=True)
     cache = model.new_cache()
     with recorder, torch.inference_mode():

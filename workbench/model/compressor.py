@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from workbench.config import ModelConfig
+from workbench.config import HybridConfig
 from workbench.model.kv_cache import BlockTail
 from workbench.model.layers import RMSNorm, Rotary, rotate
 
@@ -17,7 +17,7 @@ from workbench.model.layers import RMSNorm, Rotary, rotate
 class Compressor(nn.Module):
     """C_j = RoPE_{jR}(RMSNorm(sum_rows softmax_rows(Wgate x + ape) * Wkv x)), per channel over the rows entry j reads."""
 
-    def __init__(self, config: ModelConfig, width: int, ratio: int, overlapping: bool) -> None:
+    def __init__(self, config: HybridConfig, width: int, ratio: int, overlapping: bool) -> None:
         super().__init__()
         self.ratio, self.width, self.overlapping = ratio, width, overlapping
         series = 2 * width if overlapping else width

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import EngramConfig, ModelConfig
+from workbench.config import EngramConfig, HybridConfig
 from workbench.errors import InputError
 from workbench.model.layers import Tap
 
@@ -117,7 +117,7 @@ class EngramGates(NamedTuple):
 class Engram(nn.Module):
     """H_m <- H_m + Y_m with Y = SiLU(DWConv(RMSNorm(V))) + V, V_m = gate_m W_V e, at the start of its block."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: HybridConfig, layer: int) -> None:
         super().__init__()
         engram = config.engram
         assert engram is not None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import ModelConfig
+from workbench.config import HybridConfig
 from workbench.model.layers import Tap
 
 
@@ -31,7 +31,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
 class HyperConnection(nn.Module):
     """How one sublayer reads from and writes to the M streams: weights pre, post and the residual mix."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         m = self.streams = config.hc_mult
         self.eps, self.rms_eps, self.iterations = config.hc_eps, config.rms_norm_eps, config.hc_sinkhorn_iters
@@ -64,7 +64,7 @@ class HyperConnection(nn.Module):
 class HyperHead(nn.Module):
     """Merges the M streams into one vector after the last layer; no Sinkhorn here."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         self.eps, self.rms_eps = config.hc_eps, config.rms_norm_eps
         self.fn = nn.Parameter(0.02 * torch.randn(config.hc_mult, config.hc_mult * config.hidden_size))

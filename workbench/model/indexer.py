@@ -1,5 +1,6 @@
 """The lightning indexer of DeepSeek Sparse Attention: cheap scores that choose which compressed entries a query attends to.
 
+V3.2 attends to tokens: there an entry is a token, and its index key comes from a projection instead of a compressor.
 Letters: B batch, T queries, S compressed entries, H index heads, D index head dim, K kept entries.
 (reference/deepseek-v4.md, sections 2.2 and 2.3)
 """
@@ -11,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workbench.config import ModelConfig
+from workbench.config import HybridConfig, LatentConfig
 from workbench.errors import InputError
 from workbench.model.compressor import Compressor
-from workbench.model.kv_cache import LayerCache
-from workbench.model.layers import Tap, rotate
+from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
+from workbench.model.layers import Tap, rotate, rotate_halves
 
 SCORE_ELEMENTS = 2**22  # products held at once per query chunk and entry chunk
 
@@ -28,11 +29,11 @@ class Selection(NamedTuple):
 
 
 class IndexQueries(NamedTuple):
-    """What scores are made of: q [B, T, H, D], head weights w [B, T, H] (scales folded in), keys k [B, S, D]."""
+    """What scores are made of: q [B, T, H, D], head weights w [B, T, H] (scales folded in), keys k, rows [B, S, D]."""
 
     q: Tensor
     w: Tensor
-    k: Tensor
+    k: Rows | GrowingRows
 
 
 def score_chunk(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
@@ -55,19 +56,20 @@ def topk_lower_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, entries), entries
 
 
-def select_entries(q: Tensor, w: Tensor, k: Tensor, closed: Tensor, topk: int) -> Selection:
+def select_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor, topk: int) -> Selection:
     """Score the compressed entries for a chunk of queries and keep the best ``topk``.
 
-    q [B, T, H, D]; w [B, T, H]; k [B, S, D], shared by all heads; closed [T] how many entries are complete before each query,
-    the rest being in its future. Raises InputError if topk is not positive; a topk beyond S keeps all S.
+    q [B, T, H, D]; w [B, T, H]; k rows [B, S, D], shared by all heads; closed [T] how many entries are complete before each
+    query, the rest being in its future. Raises InputError if topk is not positive; a topk beyond S keeps all S.
     Scoring is T x S work by design; the caller chunks T, and this function S, so memory stays bounded.
     """
     if topk <= 0:
         raise InputError(f"topk must be positive, got {topk}")
     width = max(1, SCORE_ELEMENTS // max(1, q.shape[0] * q.shape[1] * q.shape[2]))
-    scores = torch.cat([score_chunk(q, w, part) for part in k.split(width, dim=1)], dim=-1)  # [B, T, S]
-    visible = torch.arange(k.shape[1], device=k.device) < closed.unsqueeze(-1)  # [T, S]
-    best, entries = topk_lower_first(scores.masked_fill(~visible, -torch.inf), min(topk, k.shape[1]))
+    parts = [score_chunk(q, w, k.read(first, first + width)) for first in range(0, k.length, width)]
+    scores = torch.cat(parts, dim=-1)  # [B, T, S]
+    visible = torch.arange(k.length, device=q.device) < closed.unsqueeze(-1)  # [T, S]
+    best, entries = topk_lower_first(scores.masked_fill(~visible, -torch.inf), min(topk, k.length))
     return Selection(best, entries.masked_fill(best == -torch.inf, -1))
 
 
@@ -77,7 +79,7 @@ class Indexer(nn.Module):
     It learns from its own KL loss only, so its inputs are detached from the model's graph.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         self.heads, self.width = config.index_n_heads, config.index_head_dim
         self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
@@ -91,7 +93,40 @@ class Indexer(nn.Module):
         q = rotate(self.wq_b(qr).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x) * (self.width**-0.5 * self.heads**-0.5)
         keys = self.compressor(x, start, cache.index_tail if cache else None)
-        if cache is not None and cache.index is not None:
-            cache.index.append(keys)
-            keys = cache.index.rows
+        if cache is None or cache.index is None:
+            return self.index_tap(IndexQueries(q, w, Rows(keys)))
+        cache.index.append(keys)
+        return self.index_tap(IndexQueries(cache.index.as_queries(q), w, cache.index))
+
+
+class TokenIndexer(nn.Module):
+    """V3.2's indexer: one layer-normed key per token. RoPE turns the leading channels in halves, unlike the attention's.
+
+    Like V4's it learns from its own KL loss only, so its inputs are detached from the model's graph.
+    """
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.heads, self.width = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
+        self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.index_tap = Tap()
+
+    def forward(self, x: Tensor, qr: Tensor, turns: Tensor, cache: LayerCache | None) -> IndexQueries:
+        """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2] -> queries, weights and all keys so far."""
+        q = rotate_halves(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
+        w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
+        keys = self.remember(x, turns, cache)
+        if isinstance(keys, GrowingRows):
+            q = keys.as_queries(q)
         return self.index_tap(IndexQueries(q, w, keys))
+
+    def remember(self, x: Tensor, turns: Tensor, cache: LayerCache | None) -> Rows | GrowingRows:
+        """Take the tokens x [B, T, C] in; all index keys so far, [B, S, D]."""
+        keys = rotate_halves(self.k_norm(self.wk(x.detach())), turns)
+        if cache is None or cache.index is None:
+            return Rows(keys)
+        cache.index.append(keys)
+        return cache.index

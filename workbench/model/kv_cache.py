@@ -1,7 +1,9 @@
-"""The KV cache of one generation: per layer a window ring, compressed entries, index keys and the open block.
+"""The KV cache of one generation: per layer a window ring, compressed entries, index keys, the open block, or a row per token.
 
 Everything is preallocated and grows in steps, so a decoded token never copies the cache. ``nbytes`` counts what holds data;
-``nbytes_reserved`` the room beyond it. Letters: B batch, W window, D head dim, R compression ratio.
+``nbytes_reserved`` the room beyond it; ``bytes_read_by_part`` the stored rows handed out to attention. Attention reads what is
+stored, of the present call too, so that it makes no difference how a sequence is split into calls.
+Letters: B batch, W window, D head dim, R compression ratio, K entries per query.
 (reference/deepseek-v4.md, section 4)
 """
 
@@ -12,36 +14,85 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from workbench.config import ModelConfig
+from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig, SharedStreamConfig
 from workbench.errors import InputError, WorkbenchError
+from workbench.model.formats import KV_PART, RowFormat, row_formats
 
-STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIRST_ROWS, GROWTH = 64, 1.5
 PARTS = ("window", "compressed", "index", "tail", "engram")
+
+
+class Rows:
+    """Rows [B, n, D] as attention reads them, here a tensor of one call; a cache's ``GrowingRows`` reads alike."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._tensor = rows
+
+    @property
+    def length(self) -> int:
+        return self._tensor.shape[1]
+
+    def read(self, first: int = 0, stop: int | None = None) -> Tensor:
+        """Rows first..stop-1, [B, n, D]; all of them unless told."""
+        return self._tensor[:, first:stop]
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Row numbers [B, T, K] -> their rows [B, T, K, D]."""
+        return gather_rows(self._tensor, numbers)
+
+    def as_queries(self, queries: Tensor) -> Tensor:
+        """Queries [..., D] as they are to meet these rows: as they are."""
+        return queries
+
+
+def gather_rows(rows: Tensor, numbers: Tensor) -> Tensor:
+    """rows [B, n, D], numbers [B, T, K] -> [B, T, K, D]. One index_select over all sequences: the fastest gather torch has."""
+    batch, length, width = rows.shape
+    if batch > 1:
+        numbers = numbers + length * torch.arange(batch, device=numbers.device).view(-1, 1, 1)
+    return rows.reshape(batch * length, width).index_select(0, numbers.flatten()).view(*numbers.shape, width)
 
 
 class GrowingRows:
     """Append-only rows [B, n, D]; capacity grows by half when it is full, so appending costs constant time on average."""
 
-    def __init__(self, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._rows = torch.empty(batch, 0, width, dtype=dtype, device=device)
-        self._row_bytes = batch * width * self._rows.element_size()
+    def __init__(self, batch: int, form: RowFormat, device: torch.device) -> None:
+        self.form = form
+        self._rows = torch.empty(batch, 0, form.stored_width, dtype=form.dtype, device=device)
+        self._row_bytes = batch * form.stored_width * self._rows.element_size()
         self.length = 0
+        self.bytes_read = 0
 
     def append(self, rows: Tensor) -> None:
         needed = self.length + rows.shape[1]
         if needed > self._rows.shape[1]:
-            capacity = max(needed, FIRST_ROWS, int(GROWTH * self._rows.shape[1]))
-            with torch.inference_mode(False):  # a cache filled in inference mode may be used outside it
-                grown = self._rows.new_empty(self._rows.shape[0], capacity, self._rows.shape[2])
-            grown[:, : self.length] = self._rows[:, : self.length]
-            self._rows = grown
-        self._rows[:, self.length : needed] = rows.detach()  # a cache must not keep one call's graph alive in the next
+            self.reserve(max(needed, FIRST_ROWS, int(GROWTH * self._rows.shape[1])))
+        self._rows[:, self.length : needed] = self.form.encode(rows.detach())  # no graph of one call may live on in the next
         self.length = needed
 
-    @property
-    def rows(self) -> Tensor:
-        return self._rows[:, : self.length]
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` rows in all, so that growing up to there copies nothing."""
+        if capacity <= self._rows.shape[1]:
+            return
+        with torch.inference_mode(False):  # a cache filled in inference mode may be used outside it
+            grown = self._rows.new_empty(self._rows.shape[0], capacity, self._rows.shape[2])
+        grown[:, : self.length] = self._rows[:, : self.length]
+        self._rows = grown
+
+    def read(self, first: int = 0, stop: int | None = None) -> Tensor:
+        """Rows first..stop-1, decoded, [B, n, D]; all of them unless told."""
+        stored = self._rows[:, first : self.length if stop is None else min(stop, self.length)]
+        self.bytes_read += stored.shape[1] * self._row_bytes
+        return self.form.decode(stored)
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Row numbers [B, T, K] -> their rows, decoded, [B, T, K, D]."""
+        self.bytes_read += numbers.shape[1] * numbers.shape[2] * self._row_bytes
+        return self.form.decode(gather_rows(self._rows, numbers))
+
+    def as_queries(self, queries: Tensor) -> Tensor:
+        """Queries [..., D] as they are to meet these rows: rounded and rotated alike where the release does that."""
+        return self.form.as_queries(queries)
 
     @property
     def nbytes(self) -> int:
@@ -55,26 +106,33 @@ class GrowingRows:
 class WindowRing:
     """The keys of the last W tokens; token t lives in slot t mod W."""
 
-    def __init__(self, batch: int, window: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._ring = torch.empty(batch, window, width, dtype=dtype, device=device)
-        self._row_bytes = batch * width * self._ring.element_size()
+    def __init__(self, batch: int, window: int, form: RowFormat, device: torch.device) -> None:
+        self.form = form
+        self._ring = torch.empty(batch, window, form.stored_width, dtype=form.dtype, device=device)
+        self._row_bytes = batch * form.stored_width * self._ring.element_size()
         self.length = 0  # tokens seen
+        self.bytes_read = 0
 
     @property
     def held(self) -> int:
         return min(self.length, self._ring.shape[1])
 
     def last(self, count: int) -> Tensor:
-        """The newest ``count`` keys in token order, [B, count, D]."""
+        """The newest ``count`` keys in token order, decoded, [B, count, D]."""
+        self.bytes_read += count * self._row_bytes
         slots = torch.arange(self.length - count, self.length, device=self._ring.device) % self._ring.shape[1]
-        return self._ring[:, slots]
+        return self.form.decode(self._ring[:, slots])
 
-    def append(self, keys: Tensor) -> None:
+    def append(self, keys: Tensor) -> Tensor:
+        """Take in keys [B, T, D]; returns them all as stored and decoded, the ones attention is to use."""
         window, count = self._ring.shape[1], keys.shape[1]
         kept = min(count, window)
         slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
-        self._ring[:, slots] = keys[:, count - kept :].detach().to(self._ring.dtype)
+        stored = self.form.encode(keys)
+        self._ring[:, slots] = stored[:, count - kept :].detach()
         self.length += count
+        self.bytes_read += count * self._row_bytes
+        return self.form.decode(stored)
 
     @property
     def nbytes(self) -> int:
@@ -89,8 +147,10 @@ class BlockTail:
     """What a compressor must remember between calls: the open block and, where blocks overlap, half of the last whole one.
 
     Kept in float32 like the reference. ``values`` and ``scores`` [B, R, width]; the overlap holds the "a" series only, because
-    the "b" series of a finished block is never read again.
+    the "b" series of a finished block is never read again. Its reading is not counted, as in the published figures.
     """
+
+    bytes_read = 0
 
     def __init__(self, batch: int, ratio: int, width: int, overlap: int, device: torch.device) -> None:
         self.ratio = ratio
@@ -127,37 +187,58 @@ class BlockTail:
 
 
 class LayerCache:
-    """Window, entries, index keys and tails of one layer; parts a layer kind lacks are None."""
+    """What one layer remembers; parts a layer kind lacks are None. ``kv`` holds one row for every token."""
 
-    def __init__(self, config: ModelConfig, kind: str, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        d, i = config.head_dim, config.index_head_dim
-        self.window = WindowRing(batch, config.sliding_window, d, dtype, device)
-        self.compressed = GrowingRows(batch, d, dtype, device) if kind != "window" else None
-        self.index = GrowingRows(batch, i, dtype, device) if kind == "csa" else None
-        self.tail: BlockTail | None = None
-        self.index_tail: BlockTail | None = None
-        if kind == "csa":
-            self.tail = BlockTail(batch, config.csa_ratio, 2 * d, d, device)
-            self.index_tail = BlockTail(batch, config.csa_ratio, 2 * i, i, device)
-        elif kind == "hca":
-            self.tail = BlockTail(batch, config.hca_ratio, d, 0, device)
+    window: WindowRing | None = None
+    compressed: GrowingRows | None = None
+    index: GrowingRows | None = None
+    tail: BlockTail | None = None
+    index_tail: BlockTail | None = None
+    kv: GrowingRows | None = None
 
     def parts(self) -> Iterator[tuple[str, WindowRing | GrowingRows | BlockTail]]:
         named = (("window", self.window), ("compressed", self.compressed), ("index", self.index))
-        for part, store in (*named, ("tail", self.tail), ("tail", self.index_tail)):
+        for part, store in (*named, ("tail", self.tail), ("tail", self.index_tail), (KV_PART, self.kv)):
             if store is not None:
                 yield part, store
+
+
+def layer_cache(config: ModelConfig, layer: int, batch: int, storage: str, device: torch.device) -> LayerCache:
+    """An empty cache for one attention layer."""
+    cache, kind, ratio = LayerCache(), config.layer_kinds[layer], config.compress_ratios[layer]
+    forms = row_formats(config, storage)
+    if kind in ("csa", "csa2-full", "mla-dsa"):
+        cache.index = GrowingRows(batch, forms["index"], device)
+    if isinstance(config, DenseConfig | LatentConfig):
+        cache.kv = GrowingRows(batch, forms[KV_PART], device)
+        return cache
+    d, i = config.head_dim, config.index_head_dim
+    cache.window = WindowRing(batch, config.sliding_window, forms["window"], device)
+    if kind in ("csa", "hca", "csa2-full"):
+        cache.compressed = GrowingRows(batch, forms["compressed"], device)
+    if kind == "csa":
+        cache.tail = BlockTail(batch, ratio, 2 * d, d, device)
+        cache.index_tail = BlockTail(batch, ratio, 2 * i, i, device)
+    elif kind == "hca" or (kind == "csa2-full" and ratio > 1):
+        cache.tail = BlockTail(batch, ratio, d, 0, device)
+    return cache
 
 
 class EngramState:
     """What Engram layers remember: the last n-gram look-back ids, shared, and the convolution's earlier inputs per layer."""
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
+    def __init__(self, config: HybridConfig | SharedStreamConfig, batch: int, device: torch.device) -> None:
         assert config.engram is not None
         self.lookback = config.engram.max_ngram_size - 1
         self.ids = torch.zeros(batch, 0, dtype=torch.int64)  # on the host, where rows are hashed
         width = config.hc_mult * config.hidden_size
-        self.conv = {layer: torch.zeros(batch, 0, width, device=device) for layer in config.engram.layer_ids}
+        convolved = config.engram.layer_ids if config.engram.conv_kernel_size else ()
+        self.conv = {layer: torch.zeros(batch, 0, width, device=device) for layer in convolved}
+        self.bytes_read = 0
+
+    def count_read(self) -> None:
+        """Every call reads all of it, as the calls before left it."""
+        self.bytes_read += self.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -172,13 +253,11 @@ class KVCache:
     """An empty cache for ``batch_size`` sequences that grow together; made by ``model.new_cache``."""
 
     def __init__(self, config: ModelConfig, batch_size: int, storage: str, device: torch.device) -> None:
-        if storage not in STORAGE:
-            raise InputError(f"storage {storage!r} is unknown; this model stores its cache as {sorted(STORAGE)}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
-        self.batch_size, self.storage = batch_size, storage
+        self.config, self.batch_size, self.storage = config, batch_size, storage
         with torch.inference_mode(False):
-            self.layers = [LayerCache(config, kind, batch_size, STORAGE[storage], device) for kind in config.layer_kinds]
+            self.layers = [layer_cache(config, layer, batch_size, storage, device) for layer in range(config.num_hidden_layers)]
             self.engram = EngramState(config, batch_size, device) if config.engram else None
         self.length = 0  # tokens held; set when a call of the model has gone through all layers
         self.whole = True  # False while a call is under way, and for good if it breaks off
@@ -192,10 +271,27 @@ class KVCache:
 
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes holding data, by part, for all sequences of the batch together."""
-        held = dict.fromkeys(PARTS, 0)
+        return self._by_part("nbytes")
+
+    def bytes_read_by_part(self) -> dict[str, int]:
+        """Bytes of stored rows that calls have read since the cache was made or ``reset_bytes_read`` was called.
+
+        A decoded token reads every index key, the selected entries, its window with its own key, and dense rows whole. The
+        open block (``tail``) is left out; rows that several chunks of a long call read count each time.
+        """
+        return self._by_part("bytes_read")
+
+    def reset_bytes_read(self) -> None:
+        for _, store in self._stores():
+            store.bytes_read = 0
+
+    def _by_part(self, what: str) -> dict[str, int]:
+        found = dict.fromkeys(PARTS, 0)
+        if any(layer.kv is not None for layer in self.layers):
+            found[KV_PART] = 0
         for part, store in self._stores():
-            held[part] += store.nbytes
-        return held
+            found[part] += getattr(store, what)
+        return found
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,8 @@
 """What a trained model can do, measured on held-out text: needle recall, the indexer's hit rate, text loss; chance beside each.
 
-Far means beyond the sliding window and what the open blocks could still carry. A needle counts as found when the entry of its
-value token's block, or by overlap the next one, is among the k best. (reference/tiny-model.md, section 5)
+Far means beyond the sliding window and what the open blocks could still carry; models without a window are asked the tiny
+models' far questions. A needle counts as found when an entry that reads its value token is among the k best: with CSA's
+overlapping blocks its own block's or the next one, in V3.2 the token itself. (reference/tiny-model.md, section 5)
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workbench.model.transformer import V4Model
-from workbench.recorder import csa_attention
+from workbench.config import ModelConfig
+from workbench.model.language_model import LanguageModel
+from workbench.recorder import selecting_attention
+from workbench.trace import SELECTING
 from workbench.training import tally, tasks
 
 SEED = 20260424  # of the held-out needles; training seeds are small numbers
@@ -23,13 +26,24 @@ TALLY_LENGTH = 1024
 Sought = Callable[[tasks.RecallBatch], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def far_distance(model: V4Model) -> int:
-    """Tokens between value and question above which only compressed entries can help."""
-    return model.config.sliding_window + 2 * model.config.csa_ratio
+def far_distance(model: LanguageModel) -> int:
+    """Tokens between value and question above which only compressed entries can help; without a window, as if it had one."""
+    config = model.config
+    return config.sliding_window + 2 * config.csa_ratio if config.sliding_window else tasks.FAR
+
+
+def entries_of(config: ModelConfig, layer: int, token: np.ndarray) -> list[np.ndarray]:
+    """The entries of ``layer`` that read ``token``; overlapping CSA blocks are read twice."""
+    own = token // config.compress_ratios[layer]
+    return [own, own + 1] if config.layer_kinds[layer] == "csa" else [own]
+
+
+def selecting_layers(config: ModelConfig) -> list[int]:
+    return [layer for layer, kind in enumerate(config.layer_kinds) if kind in SELECTING]
 
 
 @torch.inference_mode()
-def recall(model: V4Model, batches: Sequence[tasks.RecallBatch], topk: int | None = None) -> dict[str, float]:
+def recall(model: LanguageModel, batches: Sequence[tasks.RecallBatch], topk: int | None = None) -> dict[str, float]:
     """Share of questions answered with the right value: all of them, and the far ones."""
     right: list[np.ndarray] = []
     far: list[np.ndarray] = []
@@ -43,9 +57,9 @@ def recall(model: V4Model, batches: Sequence[tasks.RecallBatch], topk: int | Non
     return {"all": float(hits.mean()), "far": float(hits[distant].mean()), "questions": int(distant.sum())}
 
 
-def selected_entries(model: V4Model, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
-    """Entries each CSA layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
-    with csa_attention(model) as seen, torch.inference_mode():
+def selected_entries(model: LanguageModel, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
+    """Entries each selecting layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
+    with selecting_attention(model) as seen, torch.inference_mode():
         model(ids.to(model.device), topk=topk)
     chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in seen.items()}
     return {layer: np.concatenate(chunks, axis=1) for layer, chunks in chosen.items()}
@@ -69,7 +83,7 @@ def all_records(batch: tasks.RecallBatch) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def needle_hits(
-    model: V4Model,
+    model: LanguageModel,
     batches: Sequence[tasks.RecallBatch],
     k: int,
     topk: int | None = None,
@@ -77,37 +91,43 @@ def needle_hits(
 ) -> dict[str, float]:
     """Share of far needles whose entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
 
-    Per CSA layer and per query that may look it up: the key, next to last in the question, or the question's end. A model may
-    fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the end.
+    Per selecting layer and per query that may look it up: the key, next to last in the question, or the question's end. A model
+    may fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the
+    end; empty for a model that does not select.
     ``sought`` says which needles a question has: the last one, or ``all_records``.
     """
     found: dict[str, list[np.ndarray]] = {}
-    ratio = model.config.csa_ratio
-    for batch in batches:
+    for batch in batches if selecting_layers(model.config) else ():
         row, t, needle = sought(batch)
         distant = t - needle > far_distance(model)
-        row, t, block = row[distant], t[distant], needle[distant] // ratio
+        row, t, needle = row[distant], t[distant], needle[distant]
         for layer, entries in selected_entries(model, torch.from_numpy(batch.ids), topk).items():
             for query, back in (("key", 1), ("end", 0)):
                 best = entries[row, t - back, :k]
-                hit = ((best == block[:, None]) | (best == block[:, None] + 1)).any(1)
+                hit = np.any([best == entry[:, None] for entry in entries_of(model.config, layer, needle)], axis=(0, 2))
                 found.setdefault(f"{layer} {query}", []).append(hit)
     return {layer: float(np.concatenate(hits).mean()) for layer, hits in found.items()}
 
 
-def chance_hits(model: V4Model, batches: Sequence[tasks.RecallBatch], k: int) -> float:
-    """Expected hit rate when k of the visible entries are drawn at random, two of them being right."""
+def chance_hits(model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int) -> float:
+    """Expected hit rate of a selecting layer when k of the visible entries are drawn at random; 0 without one."""
+    layers = selecting_layers(model.config)
+    if not layers:
+        return 0.0
+    ratio = model.config.compress_ratios[layers[0]]
+    right = len(entries_of(model.config, layers[0], np.zeros(1, int)))
     chances = []
     for batch in batches:
         row, t = np.nonzero(batch.read_mask)
         t = t[t - batch.needle_position[row, t] > far_distance(model)]
-        visible = (t + 1) // model.config.csa_ratio
-        chances.append(1 - np.clip((visible - k) * (visible - k - 1), 0, None) / (visible * (visible - 1)))
+        visible = (t + 1) // ratio
+        missed = np.prod([np.clip(visible - k - i, 0, None) / (visible - i) for i in range(right)], axis=0)
+        chances.append(1 - missed)
     return float(np.concatenate(chances).mean())
 
 
 @torch.inference_mode()
-def text_loss(model: V4Model, ids: np.ndarray, windows: int, length: int) -> float:
+def text_loss(model: LanguageModel, ids: np.ndarray, windows: int, length: int) -> float:
     """Mean next-token loss in nats per token over evenly spaced windows of held-out text."""
     starts = np.linspace(0, len(ids) - length - 1, windows).astype(int)
     total = 0.0
@@ -120,7 +140,7 @@ def text_loss(model: V4Model, ids: np.ndarray, windows: int, length: int) -> flo
 
 
 @torch.inference_mode()
-def answer(model: V4Model, ids: np.ndarray, topk: int | None = None) -> int:
+def answer(model: LanguageModel, ids: np.ndarray, topk: int | None = None) -> int:
     """The token the model puts after ``ids`` [L], read through its cache in chunks."""
     cache = model.new_cache()
     line = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(model.device)
@@ -129,7 +149,7 @@ def answer(model: V4Model, ids: np.ndarray, topk: int | None = None) -> int:
     return int(logits[0, -1].argmax())
 
 
-def haystack_recall(model: V4Model, heldout: np.ndarray, length: int, trials: int, topk: int | None = None) -> float:
+def haystack_recall(model: LanguageModel, heldout: np.ndarray, length: int, trials: int, topk: int | None = None) -> float:
     """Share of single needles found in ``length`` tokens of held-out text, at depths from start to end."""
     assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)
@@ -141,36 +161,37 @@ def haystack_recall(model: V4Model, heldout: np.ndarray, length: int, trials: in
     return right / trials
 
 
-def score_model(model: V4Model, heldout: np.ndarray, *, quick: bool = False) -> dict[str, Any]:
+def score_model(model: LanguageModel, heldout: np.ndarray, *, quick: bool = False) -> dict[str, Any]:
     """Every figure the model is judged by. ``heldout`` are token ids of text the model never saw."""
     assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)
     stream = tasks.RecallStream.asked_once(model.tokenizer, heldout)
     near = [stream.batch(rng, 8, 256) for _ in range(4 if quick else 24)]
     long = [stream.batch(rng, 1, 4096) for _ in range(1 if quick else 6)]
-    k = model.config.index_topk
-    return {
+    scores: dict[str, Any] = {
         "recall_256": recall(model, near),
-        "recall_256_top1": recall(model, near, topk=1),
         "recall_4096": recall(model, long),
         "haystack_4096": haystack_recall(model, heldout, 4096, 4 if quick else 40),
         "recall_chance": 1 / len(tasks.VALUES),
-        "hit_at_1": needle_hits(model, near, 1),
-        "hit_at_2": needle_hits(model, near, 2),
-        f"hit_at_{k}": needle_hits(model, near, k),
-        "hit_chance": {str(n): chance_hits(model, near, n) for n in (1, 2, k)},
+    }
+    if selecting_layers(model.config):
+        kept = (1, 2, model.config.index_topk)
+        scores["recall_256_top1"] = recall(model, near, topk=1)
+        scores |= {f"hit_at_{k}": needle_hits(model, near, k) for k in kept}
+        scores["hit_chance"] = {str(k): chance_hits(model, near, k) for k in kept}
+    return scores | {
         "text_loss": text_loss(model, heldout, windows=8 if quick else 64, length=256),
         "text_loss_uniform": float(np.log(model.config.vocab_size)),
     }
 
 
-def window_reach(model: V4Model) -> int:
+def window_reach(model: LanguageModel) -> int:
     """Tokens, the last one included, that the sliding windows of all layers together can carry to the last one."""
     return model.config.num_hidden_layers * (model.config.sliding_window - 1) + 1
 
 
 @torch.inference_mode()
-def window_recall(model: V4Model, batches: Sequence[tasks.RecallBatch]) -> float:
+def window_recall(model: LanguageModel, batches: Sequence[tasks.RecallBatch]) -> float:
     """Share of questions answered right by a model that is shown nothing but what its windows reach."""
     right, reach = [], window_reach(model)
     for batch in batches:
@@ -181,7 +202,9 @@ def window_recall(model: V4Model, batches: Sequence[tasks.RecallBatch]) -> float
     return float(np.concatenate(right).mean())
 
 
-def tally_batches(model: V4Model, heldout: np.ndarray, sequences: int, length: int = TALLY_LENGTH) -> list[tasks.RecallBatch]:
+def tally_batches(
+    model: LanguageModel, heldout: np.ndarray, sequences: int, length: int = TALLY_LENGTH
+) -> list[tasks.RecallBatch]:
     """Held-out sequences with four keys each, all their records beyond what the windows reach."""
     assert model.tokenizer is not None
     rng = np.random.default_rng(SEED)
@@ -189,7 +212,7 @@ def tally_batches(model: V4Model, heldout: np.ndarray, sequences: int, length: i
     return [stream.batch(rng, 4, length) for _ in range(sequences // 4)]
 
 
-def tally_scores(model: V4Model, heldout: np.ndarray, *, sequences: int = 80) -> dict[str, Any]:
+def tally_scores(model: LanguageModel, heldout: np.ndarray, *, sequences: int = 80) -> dict[str, Any]:
     """How often the most frequent value is named, by the number of entries that CSA layers keep, and what that is worth.
 
     Beside it: all entries kept, the windows alone, a guess from one record drawn at random, blind chance, and the share of the

@@ -26,8 +26,10 @@ from torch import Tensor
 from workbench import checkpoint
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
-from workbench.model.transformer import V4Model
-from workbench.recorder import csa_attention
+from workbench.model.families import model_class
+from workbench.model.language_model import LanguageModel
+from workbench.model.moe import MoE
+from workbench.recorder import selecting_attention
 from workbench.training import tally, tasks
 from workbench.training.optimiser import optimisers
 from workbench.training.recipes import Phase, Recipe, recipe_named
@@ -66,9 +68,10 @@ def prepare(recipe: Recipe) -> Data:
     return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), tasks.canonical_ids(tokenizer))
 
 
-def build(recipe: Recipe, data: Data) -> V4Model:
+def build(recipe: Recipe, data: Data) -> LanguageModel:
     """The model that training starts with: untrained, from the recipe's seed, or with the weights of ``start_from``."""
-    model = V4Model.untrained(recipe.config(int(data.canonical.max()) + 1), recipe.seed)
+    config = recipe.config(int(data.canonical.max()) + 1)
+    model = model_class(config).untrained(config, recipe.seed)
     if recipe.start_from:
         model.load_state_dict(checkpoint.load(recipe.start_from, device="cpu").state_dict())
     if model.config.engram:
@@ -138,7 +141,7 @@ def learning_rate(recipe: Recipe, step: int, total: int) -> float:
 
 
 def best_hit(point: dict[str, Any]) -> float:
-    """Needles found at the model's top-k by the CSA layer that finds most, at one point of the curve."""
+    """Needles found at the model's top-k by the layer that finds most, at one point of the curve."""
     return max(point["hit_at_topk"].values())
 
 
@@ -150,7 +153,7 @@ def warmed_up(curve: list[dict[str, Any]], phase: Phase) -> bool:
     return any(all(met[i : i + 3]) for i in range(len(met) - 2))
 
 
-def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> None:
+def balance_routers(model: LanguageModel, loads: dict[int, Tensor], step: float) -> None:
     """b_e += step * sign(mean load - load_e): aux-loss-free balancing of the score-routed layers."""
     for layer, load in loads.items():
         gate = model.blocks[layer].ffn.gate
@@ -159,7 +162,7 @@ def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> No
 
 
 @contextmanager
-def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
+def routed(model: LanguageModel) -> Iterator[dict[int, Tensor]]:
     """Tokens each expert got during the last forward pass, by layer."""
     loads: dict[int, Tensor] = {}
 
@@ -169,8 +172,8 @@ def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    experts = model.config.n_routed_experts
-    hooks = [b.ffn.routing_tap.register_forward_hook(note(i, experts)) for i, b in enumerate(model.blocks)]
+    mixtures = {i: block.ffn for i, block in enumerate(model.blocks) if isinstance(block.ffn, MoE)}
+    hooks = [ffn.routing_tap.register_forward_hook(note(i, len(ffn.experts.w13))) for i, ffn in mixtures.items()]
     try:
         yield loads
     finally:
@@ -179,11 +182,11 @@ def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
 
 
 def train_step(
-    model: V4Model, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
+    model: LanguageModel, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
 ) -> dict[str, float]:
-    """One optimiser step, CSA attending to all visible entries if ``dense``; returns the parts of the loss."""
+    """One optimiser step, layers that select attending to all visible entries if ``dense``; returns the parts of the loss."""
     ids = torch.from_numpy(batch.ids)
-    with csa_attention(model) as attention, routed(model) as loads:
+    with selecting_attention(model) as attention, routed(model) as loads:
         logits = model(ids, topk=ids.shape[1] if dense else None)
     text = next_token_loss(logits, ids, torch.from_numpy(batch.text_mask))
     reads = next_token_loss(logits, ids, torch.from_numpy(batch.read_mask))
@@ -268,7 +271,7 @@ def circumstances(cpu_seconds: float) -> dict[str, Any]:
     return {"python": platform.python_version(), "torch": torch.__version__, "cpu_seconds": cpu_seconds}
 
 
-def quick_scores(model: V4Model, data: Data, batches: int = 4) -> dict[str, Any]:
+def quick_scores(model: LanguageModel, data: Data, batches: int = 4) -> dict[str, Any]:
     """Recall, hit rates and text loss on a few held-out batches, for the curve and the hand-over to sparse selection."""
     rng = np.random.default_rng(12345)
     stream = tasks.RecallStream.asked_once(data.tokenizer, data.heldout_ids)
@@ -278,14 +281,14 @@ def quick_scores(model: V4Model, data: Data, batches: int = 4) -> dict[str, Any]
     out = {
         "recall": far["far"],
         "hit_at_2": needle_hits(model, tests, 2),
-        "hit_at_topk": needle_hits(model, tests, model.config.index_topk),
+        "hit_at_topk": needle_hits(model, tests, model.config.index_topk or 0),
         "heldout_text": text_loss(model, data.heldout_ids, windows=8, length=256),
     }
     model.train()
     return out
 
 
-def quick_tally(model: V4Model, data: Data) -> dict[str, Any]:
+def quick_tally(model: LanguageModel, data: Data) -> dict[str, Any]:
     """Answers to what was written most often, with top-k as configured and 1; all records of a key now count as needles."""
     tests = tally_batches(model, data.heldout_ids, 8, 512)
     model.eval()
@@ -298,7 +301,7 @@ def quick_tally(model: V4Model, data: Data) -> dict[str, Any]:
     return out
 
 
-def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def _tensors(model: LanguageModel, parts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for number, part in enumerate(parts):
         for key, state in part.state_dict()["state"].items():
@@ -306,7 +309,9 @@ def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Te
     return {name: value.contiguous().clone() for name, value in tensors.items()}
 
 
-def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer], note: dict[str, Any]) -> None:
+def _save_state(
+    out: Path, recipe: Recipe, model: LanguageModel, parts: list[torch.optim.Optimizer], note: dict[str, Any]
+) -> None:
     temporary = out / (STATE_FILE + ".part")  # tensors and note in one file, so that they can never disagree
     metadata = {"note": json.dumps({"recipe": recipe.to_dict()} | note)}
     save_file(_tensors(model, parts), temporary, metadata=metadata)
@@ -314,7 +319,7 @@ def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.opt
 
 
 def _resume(
-    out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer]
+    out: Path, recipe: Recipe, model: LanguageModel, parts: list[torch.optim.Optimizer]
 ) -> tuple[int, list[dict[str, Any]], float]:
     if not (out / STATE_FILE).exists():
         return 0, [], 0.0

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import ModelConfig
+from workbench.config import HybridConfig
 from workbench.model.attention.core import attend, window_rows
 from workbench.model.compressor import Compressor
 from workbench.model.indexer import Indexer, IndexQueries, Selection, select_entries
-from workbench.model.kv_cache import LayerCache
+from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import GroupedProjection, RMSNorm, Tap, rotate
 
 CHUNK_ELEMENTS = 2**21  # logits and gathered values held at once; the query chunk shrinks as the context grows
@@ -53,7 +53,7 @@ class Positions:
 class HybridAttention(nn.Module):
     """Shared-KV multi-query attention with partial interleaved RoPE, undone on the output, and grouped output projection."""
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: HybridConfig, kind: str) -> None:
         super().__init__()
         heads, d = config.num_attention_heads, config.head_dim
         self.kind, self.heads, self.head_dim, self.eps = kind, heads, d, config.rms_norm_eps
@@ -86,7 +86,7 @@ class HybridAttention(nn.Module):
         if self.kind == "csa":
             index = self.indexer(x, qr, turns, at.start, cache)
         outputs = []
-        for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], entries.shape[1], at.topk or self.topk)):
+        for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], entries.length, at.topk or self.topk)):
             mine = slice(first, first + step)
             near = keys[:, first : first + self.window - 1 + q[:, mine].shape[1]]
             outputs.append(self._attend(q[:, mine], near, at.start + first, entries, index, mine, at.topk))
@@ -97,19 +97,20 @@ class HybridAttention(nn.Module):
         """[B, W - 1 + T, D]: the window keys before the new tokens, zeros where nothing had begun yet, and the new ones."""
         if cache is None:
             return F.pad(new, (0, 0, self.window - 1, 0))
+        assert cache.window is not None
         past = cache.window.last(min(cache.window.length, self.window - 1)).to(new.dtype)
-        cache.window.append(new)
+        new = cache.window.append(new).to(new.dtype)
         return torch.cat([F.pad(past, (0, 0, self.window - 1 - past.shape[1], 0)), new], dim=1)
 
-    def _entries(self, x: Tensor, start: int, cache: LayerCache | None) -> Tensor:
+    def _entries(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
         """All compressed entries complete after the new tokens, [B, S, D]; none in a window-only layer."""
         if self.kind == "window":
-            return x.new_zeros(x.shape[0], 0, self.head_dim)
+            return Rows(x.new_zeros(x.shape[0], 0, self.head_dim))
         entries = self.compressor(x, start, cache.tail if cache else None)
         if cache is None or cache.compressed is None:
-            return entries
+            return Rows(entries)
         cache.compressed.append(entries)
-        return cache.compressed.rows.to(x.dtype)
+        return cache.compressed
 
     def _queries_per_chunk(self, batch: int, entries: int, topk: int) -> int:
         kept = min(entries, topk) if self.kind == "csa" else entries
@@ -118,7 +119,14 @@ class HybridAttention(nn.Module):
         return max(1, min(MAX_QUERIES, CHUNK_ELEMENTS // max(1, per_query)))
 
     def _attend(
-        self, q: Tensor, keys: Tensor, start: int, entries: Tensor, index: IndexQueries | None, mine: slice, topk: int | None
+        self,
+        q: Tensor,
+        keys: Tensor,
+        start: int,
+        entries: Rows | GrowingRows,
+        index: IndexQueries | None,
+        mine: slice,
+        topk: int | None,
     ) -> Tensor:
         """One chunk of queries from position ``start`` on."""
         t = q.shape[1]
@@ -126,19 +134,17 @@ class HybridAttention(nn.Module):
         closed = (positions + 1) // self.ratio if self.ratio else positions * 0  # entries complete at each query
         listening = self.attention_tap.listening
         selection = runner_up = None
-        if index is not None and entries.shape[1]:
-            kept = min(topk or self.topk, entries.shape[1])
+        if index is not None and entries.length:
+            kept = min(topk or self.topk, entries.length)
             best = select_entries(index.q[:, mine], index.w[:, mine], index.k, closed, kept + 1 if listening else kept)
             selection = Selection(best.scores[..., :kept], best.entries[..., :kept])
             runner_up = Selection(best.scores[..., kept:], best.entries[..., kept:])
-        if selection is None or selection.entries.shape[-1] == entries.shape[1]:  # nothing is left out: no need to gather
-            visible = torch.arange(entries.shape[1], device=q.device) < closed.unsqueeze(-1)
-            done = attend(q, keys, self.window, start, entries, visible, self.attn_sink)
+        if selection is None or selection.entries.shape[-1] == entries.length:  # nothing is left out: no need to gather
+            visible = torch.arange(entries.length, device=q.device) < closed.unsqueeze(-1)
+            done = attend(q, keys, self.window, start, entries.read().to(q.dtype), visible, self.attn_sink)
             shared = True
         else:
-            chosen = selection.entries.clamp(min=0)  # [B, T, K]
-            flat = chosen.flatten(1).unsqueeze(-1).expand(-1, -1, self.head_dim)
-            gathered = entries.gather(1, flat).view(*chosen.shape, self.head_dim)  # [B, T, K, D]
+            gathered = entries.gather(selection.entries.clamp(min=0)).to(q.dtype)  # [B, T, K, D]
             done = attend(q, keys, self.window, start, gathered, selection.entries >= 0, self.attn_sink)
             shared = False
         if listening:

@@ -1,14 +1,23 @@
-"""Frozen model configurations, read from and written to the ``config.json`` of a Hugging Face folder.
+"""DeepSeek-V4: window, CSA and HCA layers. Field names are the released ones; ``transformers``' spellings are translated.
 
-Field names are the released ones (reference/deepseek-v4.md, section 0); the spellings of ``transformers`` are translated
-on load. Only the standard library is needed here, so cost and presets can use configurations without torch.
+(reference/deepseek-v4.md, section 0)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from workbench.config.common import (
+    EngramConfig,
+    RopeConfig,
+    check_fixed,
+    check_positive,
+    read_engram,
+    read_rope,
+    write_engram,
+    write_rope,
+)
 from workbench.errors import InputError
 
 LayerKind = Literal["window", "csa", "hca"]
@@ -24,59 +33,7 @@ RELEASED_CSA_RATIO = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary frequencies of the compressed layers: base ``theta``, stretched by YaRN when ``factor`` is above 1."""
-
-    theta: float = 160000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int = 65536
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.theta <= 1 or self.factor < 1:
-            raise InputError(f"rope needs theta > 1 and factor >= 1, got theta={self.theta}, factor={self.factor}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngramConfig:
-    """Engram layers in the paper's form (reference/engram-and-overlap.md, section 1); not part of released DeepSeek-V4.
-
-    ``layer_ids`` count from zero; ``vocab_size`` is the base size of one (order, head) table, rounded up to distinct primes.
-    """
-
-    layer_ids: tuple[int, ...]
-    vocab_size: int
-    compressed_vocab_size: int  # distinct canonical ids after tokenizer compression; every hash multiplier depends on it
-    max_ngram_size: int = 3
-    n_heads: int = 8
-    head_dim: int = 64
-    pad_token_id: int = 0
-    seed: int = 0
-    conv_kernel_size: int = 4
-
-    def __post_init__(self) -> None:
-        if not self.layer_ids or self.max_ngram_size < 2 or min(self.n_heads, self.head_dim, self.conv_kernel_size) < 1:
-            raise InputError(f"engram needs a layer, n-grams of 2 or more, and positive sizes, got {self}")
-        if self.vocab_size < 2:
-            raise InputError(f"engram_vocab_size must be at least 2, got {self.vocab_size}")
-
-    @property
-    def rows_per_token(self) -> int:
-        return (self.max_ngram_size - 1) * self.n_heads
-
-    @property
-    def memory_width(self) -> int:
-        return self.rows_per_token * self.head_dim
-
-    @property
-    def conv_state_length(self) -> int:
-        """Earlier positions the dilated causal convolution looks back at; its dilation is the largest n-gram order."""
-        return (self.conv_kernel_size - 1) * self.max_ngram_size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
+class HybridConfig:
     """The text backbone of DeepSeek-V4 at any size; defaults are the released constants that seldom change."""
 
     vocab_size: int
@@ -109,13 +66,10 @@ class ModelConfig:
     compress_rope: RopeConfig = RopeConfig()
     max_position_embeddings: int = 1048576
     engram: EngramConfig | None = None
-    model_type: str = "deepseek_v4"
+    model_type: ClassVar[str] = "deepseek_v4"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise InputError(f"{field.name} must be positive, got {value}")
+        check_positive(self)
         for name, allowed in (("layer_kinds", ("window", "csa", "hca")), ("mlp_kinds", ("hash", "score"))):
             unknown = sorted(set(getattr(self, name)) - set(allowed))
             if unknown or not getattr(self, name):
@@ -147,16 +101,14 @@ class ModelConfig:
         return tuple({"window": 0, "csa": self.csa_ratio, "hca": self.hca_ratio}[kind] for kind in self.layer_kinds)
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, config: dict[str, Any]) -> HybridConfig:
         """Read a ``config.json`` in the released spelling or the one ``transformers`` saves.
 
         Raises InputError for another ``model_type``, a missing key, or a setting this model does not implement.
         """
         if config.get("model_type", "deepseek_v4") != "deepseek_v4":
             raise InputError(f"model_type {config['model_type']!r} is not supported here; expected 'deepseek_v4'")
-        for key, only in (("scoring_func", "sqrtsoftplus"), ("norm_topk_prob", True), ("hidden_act", "silu")):
-            if config.get(key, only) != only:
-                raise InputError(f"config has {key}={config[key]!r}; DeepSeek-V4 uses {only!r}")
+        check_fixed(config, scoring_func="sqrtsoftplus", norm_topk_prob=True, hidden_act="silu")
         try:
             return cls(**_read_fields(config))
         except KeyError as missing:
@@ -168,15 +120,7 @@ class ModelConfig:
         """The same configuration as ``config.json`` would hold it, readable by ``from_dict`` and by ``transformers``."""
         out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": self.model_type}
         for field in fields(self):
-            if field.name not in (
-                "layer_kinds",
-                "mlp_kinds",
-                "csa_ratio",
-                "hca_ratio",
-                "compress_rope",
-                "engram",
-                "model_type",
-            ):
+            if field.name not in ("layer_kinds", "mlp_kinds", "csa_ratio", "hca_ratio", "compress_rope", "engram"):
                 out[field.name] = getattr(self, field.name)
         rope = self.compress_rope
         out |= {
@@ -188,25 +132,16 @@ class ModelConfig:
             "compress_rates": {_LAYER_TYPE_OF_KIND["csa"]: self.csa_ratio, _LAYER_TYPE_OF_KIND["hca"]: self.hca_ratio},
             "partial_rotary_factor": self.qk_rope_head_dim / self.head_dim,
             "compress_rope_theta": rope.theta,
-            "rope_scaling": {
-                "rope_type": "yarn" if rope.factor > 1 else "default",
-                "factor": rope.factor,
-                "original_max_position_embeddings": rope.original_max_position_embeddings,
-                "beta_fast": rope.beta_fast,
-                "beta_slow": rope.beta_slow,
-            },
+            "rope_scaling": write_rope(rope),
             "scoring_func": "sqrtsoftplus",
             "norm_topk_prob": True,
             "tie_word_embeddings": False,
         }
-        if self.engram:
-            out |= {f"engram_{field.name}": getattr(self.engram, field.name) for field in fields(self.engram)}
-            out["engram_layer_ids"] = list(self.engram.layer_ids)
-        return out
+        return out | write_engram(self.engram)
 
 
 def _read_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Translate the two spellings of ``config.json`` into the fields of ModelConfig."""
+    """Translate the two spellings of ``config.json`` into the fields of HybridConfig."""
     layers = config["num_hidden_layers"]
     rates = config.get("compress_rates") or {}
     csa_ratio, hca_ratio = rates.get(_LAYER_TYPE_OF_KIND["csa"]), rates.get(_LAYER_TYPE_OF_KIND["hca"])
@@ -230,9 +165,9 @@ def _read_fields(config: dict[str, Any]) -> dict[str, Any]:
         hashed = min(config.get("num_hash_layers", 3), layers)
         mlp = ["hash"] * hashed + ["score"] * (layers - hashed)
     rotary = config.get("qk_rope_head_dim") or int(config["head_dim"] * config.get("partial_rotary_factor", 0.125))
-    same = {f.name for f in fields(ModelConfig)} - {"layer_kinds", "mlp_kinds", "compress_rope", "engram", "qk_rope_head_dim"}
+    same = {f.name for f in fields(HybridConfig)} - {"layer_kinds", "mlp_kinds", "compress_rope", "engram", "qk_rope_head_dim"}
     out = {name: config[name] for name in same if config.get(name) is not None}
-    required = {f.name for f in fields(ModelConfig) if f.default is f.default_factory} & same  # both MISSING
+    required = {f.name for f in fields(HybridConfig) if f.default is f.default_factory} & same  # both MISSING
     for name in sorted(required):
         config[name]  # a KeyError here names the missing setting
     return out | {
@@ -241,27 +176,6 @@ def _read_fields(config: dict[str, Any]) -> dict[str, Any]:
         "csa_ratio": csa_ratio or RELEASED_CSA_RATIO,
         "hca_ratio": hca_ratio or 128,
         "qk_rope_head_dim": rotary,
-        "compress_rope": _read_rope(config),
-        "engram": _read_engram(config),
+        "compress_rope": read_rope(config),
+        "engram": read_engram(config),
     }
-
-
-def _read_rope(config: dict[str, Any]) -> RopeConfig:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = scaling.get("compress", scaling)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise InputError(f"rope type {kind!r} is not supported; DeepSeek-V4 uses 'yarn' or 'default'")
-    known = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-    settings = {name: scaling[name] for name in known if scaling.get(name) is not None}
-    if kind == "default":
-        settings["factor"] = 1.0
-    return RopeConfig(theta=config.get("compress_rope_theta", scaling.get("rope_theta", 160000.0)), **settings)
-
-
-def _read_engram(config: dict[str, Any]) -> EngramConfig | None:
-    if not config.get("engram_layer_ids"):
-        return None
-    names = [field.name for field in fields(EngramConfig) if field.name != "layer_ids"]
-    settings = {name: config[f"engram_{name}"] for name in names if f"engram_{name}" in config}
-    return EngramConfig(layer_ids=tuple(config["engram_layer_ids"]), **settings)
