@@ -18,8 +18,8 @@ from workbench.true_size import DECODE_ROOM, MAX_LENGTH, true_size_layer
 FLASH = wb.presets["v4-flash"]
 SMALL = replace(
     FLASH,
-    shape=replace(
-        FLASH.shape,
+    config=replace(
+        FLASH.config,
         hidden_size=52,
         num_attention_heads=3,
         head_dim=24,

@@ -13,10 +13,10 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from workbench import runtime
 from workbench.devices import devices
@@ -25,8 +25,6 @@ from workbench.presets import presets
 
 START_PAGE = "notebooks/00_start_here.ipynb"
 BAR_WIDTH = 24
-COST_LABEL, COST_COLUMN, COST_DEVICES = 32, 20, 4  # widths, and devices side by side: 112 characters
-COST_NUMBERS = {"memory_bytes": "memory", "bandwidth_bytes_per_s": "bandwidth", "tflop_per_s": "FLOP rate"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,158 +198,13 @@ def _prompt(text: str) -> str:
 def _cost(options: argparse.Namespace) -> int:
     """Print what `workbench.cost` counts for a preset: a table to read, or JSON."""
     from workbench import cost
+    from workbench.cost.table import report_lines
 
     on = [devices[name] for name in options.device]
     split = {"cards": options.cards, "tp": options.tp, "batch": options.batch}
     report = cost.report(presets[options.preset], options.length, on, **split)
-    print(json.dumps(report, indent=2) if options.json else "\n".join(_cost_lines(report)))
+    print(json.dumps(report, indent=2) if options.json else "\n".join(report_lines(report)))
     return 0
-
-
-def _cost_lines(report: Mapping[str, Any]) -> list[str]:
-    """What ``workbench.cost.report`` returns as lines to read; GB is 1e9 bytes."""
-    lines = [f"{report['title']}, one sequence of {report['length']:,} tokens; modelled (formula) unless marked published"]
-    if report["extrapolated"]:
-        lines.append(
-            f"  EXTRAPOLATED: the formula goes on beyond the {report['made_for_length']:,} tokens this model is made for"
-        )
-    lines += ["", *_sequence_lines(report), "", *_weight_lines(report)]
-    shown = list({found["device"]: found for found in report["devices"]}.values())  # each once, however often it was named
-    for first in range(0, len(shown), COST_DEVICES):
-        lines += ["", *_device_lines(report, shown[first : first + COST_DEVICES])]
-    return lines + (["", *_device_notes(report, shown)] if shown else [])
-
-
-def _sequence_lines(report: Mapping[str, Any]) -> list[str]:
-    """Bytes held and read, their formula, and FLOPs."""
-    kv, read = report["kv_bytes"], report["decode_bytes"]
-    lines = [_row("KV cache, stored as released", ("held", "read per token"))]
-    lines += [_row(f"  {part}", (_size(kv[part]), _size(read[part]))) for part in _parts(kv)]
-    lines.append(_row("  each further token", (f"{report['kv_bytes_per_token']['total']:,.0f} B",)))
-    if kv["tail"]:
-        lines.append(_row("  without tail, as published", (_size(kv["total"] - kv["tail"]),)))
-    lines += ["", *(f"  {line}" for line in report["kv_terms"])]
-    lines += ["", _row("FLOPs of one decoded token", ("plain", "fp8-equivalent"))]
-    plain, weighted = report["decode_flops"], report["decode_flops_fp8_equivalent"]
-    for part in ("projections", "core", "indexer", "total"):
-        lines.append(_row(f"  {part}", (f"{plain[part] / 1e9:,.1f} G", f"{weighted[part] / 1e9:,.1f} G")))
-    return lines
-
-
-def _weight_lines(report: Mapping[str, Any]) -> list[str]:
-    weights, batch = report["weights"], report["batch"]
-    if weights is None:
-        return ["weights: unknown (no such model was released); devices hold and read the cache alone"]
-    host = f", and {_size(weights['host_bytes'])} of Engram tables in host memory" if weights["host_bytes"] else ""
-    lines = [f"weights, {weights['origin']}: {_size(weights['device_bytes'])}{host}", f"  {weights['source']}"]
-    if weights["origin"] != "published":
-        lines.append("  bytes of the published checkpoint: unknown")
-    return [
-        *lines,
-        f"  read in a step of {_plural(batch, 'sequence')}: {_size(weights['read_bytes_per_step'])}, if routing is even",
-    ]
-
-
-def _device_lines(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One column a device: what a card holds, how much would fit, what a step takes, and how fast more sequences decode."""
-    batch, groups = report["batch"], report["groups"]
-    how = f"{_plural(report['cards'], 'card')} in {_plural(groups, 'group')} of {report['tp']}"
-    lines = [
-        f"{how}, {_plural(batch, 'sequence')} of {report['length']:,} tokens; of one card (the fullest), modelled (formula)",
-        _row("", [found["device"] for found in shown]),
-    ]
-
-    def add(label: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
-        lines.append(_row(label, [cell(found) for found in shown]))
-
-    add("memory", lambda found: _size(found["memory_bytes"]))
-    add("weights", lambda found: _maybe(found["weight_bytes_per_card"], _size, "unknown"))
-    add("KV cache, stored as", lambda found: "BF16" if found["storage"] == "bf16" else "released")
-    for part in _parts(report["kv_bytes"]):
-        add(f"  {part}", lambda found, part=part: _size(found["kv_bytes_per_card"][part]))  # type: ignore[misc]
-    add("fits", lambda found: "yes" if found["fits"] else "NO")
-    limits = {found["device"]: " (limit)" if found["longest_context_is_the_limit"] else "" for found in shown}
-    add("longest context, this batch", lambda found: f"{found['longest_context']:,}{limits[found['device']]}")
-    add("largest batch of a group", lambda found: _maybe(found["largest_batch_per_group"], "{:,}".format, "no limit"))
-    add("most concurrent sequences", lambda found: _maybe(found["most_concurrent_sequences"], "{:,}".format, "no limit"))
-    lines.append(f"a step of {_plural(batch, 'sequence')}")
-    add("  weights read", lambda found: _size(found["step"]["weight_bytes_read_per_card"]))
-    add("  cache read", lambda found: _size(found["step"]["kv_bytes_read_per_card"]))
-    add("  reading", lambda found: f"{1e3 * found['step']['read_s']:,.3f} ms")
-    add("  computing", lambda found: f"{1e3 * found['step']['compute_s']:,.3f} ms")
-    add("  bound by", lambda found: found["step"]["bound"])
-    counts = sorted({rate["sequences"] for found in shown for rate in found["rates"]})
-    if not counts:
-        return [*lines, "not one sequence fits: no rates"]
-    lines += ["", "tokens/s per card by concurrent sequences, modelled; c: bound by computing, else by bandwidth"]
-    for count in counts:
-        at = [next((rate for rate in found["rates"] if rate["sequences"] == count), None) for found in shown]
-        lines.append(_row(f"  {count:,}", [_maybe(rate, _rate, "-") for rate in at]))
-    return lines
-
-
-def _device_notes(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the columns take for granted, and where the figures of each device come from."""
-    heads, tp = report["kv_heads"], report["tp"]
-    if heads > 1:
-        split = f"cache: the {heads} KV heads split over the {tp} cards of a group" + (
-            ", each head on several" if tp > heads else ""
-        )
-    else:
-        split = "cache: a single KV head (a latent) does not split; each card of a group holds all of its group's sequences"
-    lines = [split]
-    if report["weights"]:
-        lines.append(
-            "weights: routed experts spread over all cards, the others split over a group's cards, repeated in each group"
-        )
-    lines.append(
-        "rates: peak bandwidth and peak FLOP rate, even routing, no communication" + ", no weights" * (not report["weights"])
-    )
-    for found in shown:
-        lines.append(
-            f"{found['device']}: supports {', '.join(found['kv_formats']).upper()} caches" + _memory_note(report, found)
-        )
-        named: dict[tuple[str, str], list[str]] = {}
-        for number, source in found["sources"].items():
-            named.setdefault((source["certainty"], source["text"]), []).append(COST_NUMBERS[number.partition(".")[0]])
-        lines += [f"  {', '.join(numbers)}: {certainty}; {text}" for (certainty, text), numbers in named.items()]
-        lines += [f"  {found['note']}"] if found["note"] else []
-    return lines
-
-
-def _memory_note(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    lacking = found["storage"] == "bf16" and report["preset_kv_format"] != "bf16"
-    note = f", not {report['preset_kv_format'].upper()}: cache kept in BF16" if lacking else ""
-    tables = found["unified_memory"] and report["weights"] and report["weights"]["host_bytes"]
-    return note + ("; host and accelerator share the memory, so Engram tables count as weights" if tables else "")
-
-
-def _parts(kv: Mapping[str, Any]) -> list[str]:
-    """The parts a cache has, and "total"."""
-    from workbench import cost
-
-    return [part for part in (*cost.PARTS, cost.KV_PART) if kv.get(part)] + ["total"]
-
-
-def _row(label: str, cells: Iterable[str]) -> str:
-    return f"{label:<{COST_LABEL}}" + "".join(f"{cell:>{COST_COLUMN}}" for cell in cells)
-
-
-def _rate(rate: Mapping[str, Any]) -> str:
-    return f"{rate['tokens_per_s_per_card']:,.1f} {'c' if rate['bound'] == 'compute' else ' '}"
-
-
-def _maybe(value: Any, shown: Callable[[Any], str], otherwise: str) -> str:
-    return otherwise if value is None else shown(value)
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def _size(number: float) -> str:
-    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if number >= 0.1 * s), ("B", 1.0))
-    return f"{number / scale:,.3f} {unit}" if scale > 1 else f"{number:,.0f} B"
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -82,6 +82,7 @@ class Fit:
     weight_bytes: float | None
     longest_context: int  # tokens
     at_limit: bool  # the model's limit, not the memory, ends the context
+    extrapolated: bool  # it is longer than the model was made for
     largest_batch: int | None
     most_sequences: int | None
     step: Step
@@ -144,6 +145,7 @@ def fit(preset: Preset | str, length: int, device: Device | str, *, cards: int =
         weight_bytes=held if weights else None,
         longest_context=longest,
         at_limit=longest == length_limit(config),
+        extrapolated=extrapolated(preset, longest),
         largest_batch=largest,
         most_sequences=most,
         step=step(batch),
@@ -206,7 +208,7 @@ def report(
             **{number: {"text": s.text, "certainty": s.certainty} for number, s in preset.exceptions.items()},
         },
         "length": length,
-        "made_for_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
         "extrapolated": extrapolated(preset, length),
         "cards": cards,
         "tp": tp,
@@ -256,6 +258,7 @@ def _device_report(result: Fit) -> dict[str, Any]:
         "fits": result.fits,
         "longest_context": result.longest_context,
         "longest_context_is_the_limit": result.at_limit,
+        "longest_context_is_extrapolated": result.extrapolated,
         "largest_batch_per_group": result.largest_batch,
         "most_concurrent_sequences": result.most_sequences,
         "step": _step_report(result.step),
