@@ -80,9 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--device", nargs="+", action="extend", default=[], metavar="D", help=f"any of {', '.join(devices)}")
     cost.add_argument("--cards", type=int, default=1, metavar="N", help="devices that share the work (default %(default)s)")
     cost.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="cards of a tensor-parallel group; cards / tp groups share the batch"
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cards of a tensor-parallel group (default %(default)s); cards / tp groups share the batch",
     )
-    cost.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoded together, by all cards")
+    cost.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="sequences decoded together by all cards (default %(default)s)"
+    )
     cost.add_argument("--json", action="store_true", help="the same for programs, and more of it")
     cost.set_defaults(command=_cost)
 
