@@ -102,14 +102,14 @@ def _word_start(model: LanguageModel, ids: list[int], at: int) -> int:
 
 
 def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
-    """How a finished or running trace answered: the answer, and per CSA layer whether the needle's entry was kept, and why.
+    """How a finished or running trace answered: the answer, and per layer with an indexer whether and why it kept the needle.
 
     The value may be looked up at the question's end or as soon as the key is named: ``query`` is the token, of these two, whose
     indexer ranked the needle higher (of equal ranks, the one that attends to it more), layer by layer; ``best_layer`` and
-    ``best_query`` the highest of all. A value's first token lies in entry b and, because blocks overlap, also in b + 1: either
-    counts. ``rank`` counts from 1 among all visible entries by index score, None while the needle is too near to be in a
-    finished entry; ``chance`` is the probability that as many random entries contain one of the two, for at least one of the
-    two queries. InputError for a trace without a needle.
+    ``best_query`` the highest of all. A value's first token lies in entry b and, because CSA's blocks overlap, also in b + 1:
+    either counts; in V3.2 an entry is a token. ``rank`` counts from 1 among all visible entries by index score, None while the
+    needle is too near to be in a finished entry; ``chance`` is the probability that as many random entries contain a right one,
+    for at least one of the two queries. InputError for a trace without a needle.
     """
     notes = trace.notes.get("needle") if needle is None else needle.notes["needle"]
     if not isinstance(notes, dict) or not {"position", "value", "value_ids", "queries"} <= notes.keys():
@@ -117,7 +117,7 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     asked = trace.prompt_length - 1
     layers: list[dict[str, Any]] = []
     for layer in trace.layers:
-        if layer.kind != "csa" or trace.length <= asked or layer.selected is None:
+        if not layer.indexes or trace.length <= asked or layer.selected is None:
             continue
         looks = [_look(layer, int(t), int(notes["position"])) for t in notes["queries"]]
         best_look = min(looks, key=_order)
@@ -141,11 +141,11 @@ def _order(look: dict[str, Any]) -> tuple[float, float]:
 
 
 def _look(layer: LayerTrace, query: int, position: int) -> dict[str, Any]:
-    """What one query of a CSA layer made of the needle whose value stands at ``position``."""
+    """What one query of an indexing layer made of the needle whose value stands at ``position``."""
     assert layer.selected is not None and layer.selected_probs is not None
     scores, kept = layer.index_scores(query), layer.selected[query]
     block = position // layer.ratio
-    right = [e for e in (block, block + 1) if e < len(scores)]
+    right = [e for e in ((block, block + 1) if layer.kind == "csa" else (block,)) if e < len(scores)]
     columns = np.flatnonzero(np.isin(kept, right)).tolist()
     heads = layer.selected_probs[query].astype(np.float32)  # [H, K]
     return {
@@ -170,9 +170,10 @@ def chance(visible: int, kept: int, right: int = 2) -> float:
 def needle_rates(model: LanguageModel, topk: int | None = None, *, sequences: int = 12, seed: int = 7) -> dict[str, Any]:
     """Far recall and the indexers' hit rates on ``sequences`` held-out streams of 256 tokens, chance beside them.
 
-    Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``hits`` has one rate for each CSA
-    layer and each query that may look a value up, the key ("1 key") and the question's end ("1 end"); ``hit_chance`` is that of
-    any one of them. ``questions`` says how many there were. Raises InputError for a model without a tokenizer.
+    Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``hits`` has one rate for each
+    selecting layer and each query that may look a value up, the key ("1 key") and the question's end ("1 end"); ``hit_chance``
+    is that of any one of them. A model that attends to every token has no rates. ``questions`` says how many there were. Raises
+    InputError for a model without a tokenizer.
     """
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer, so no needle can be written for it; load a shipped model")
@@ -180,8 +181,8 @@ def needle_rates(model: LanguageModel, topk: int | None = None, *, sequences: in
     held = np.asarray(encode(model, sample_text()))
     stream = tasks.RecallStream.asked_once(model.tokenizer, held)
     batches = [stream.batch(np.random.default_rng(seed), sequences, STREAM_TOKENS)]
-    k = topk or model.config.index_topk
-    answers, hits = score.recall(model, batches, topk=k), score.needle_hits(model, batches, k, topk=k)
+    k = topk or model.config.index_topk or None
+    answers, hits = score.recall(model, batches, topk=k), score.needle_hits(model, batches, k or 0, topk=k)
     return {
         "model": _label(model),
         "topk": k,
@@ -189,7 +190,7 @@ def needle_rates(model: LanguageModel, topk: int | None = None, *, sequences: in
         "recall": answers["far"],
         "recall_chance": 1 / len(tasks.VALUES),
         "hits": hits,
-        "hit_chance": score.chance_hits(model, batches, k),
+        "hit_chance": score.chance_hits(model, batches, k or 0),
     }
 
 
@@ -219,26 +220,28 @@ def needle_trials(
         )
     use_threads(threads_for_run())
     rng, text = np.random.default_rng(seed), sample_text()
-    k = topk or model.config.index_topk
+    k = topk or model.config.index_topk or None
     right, luck = 0, []
-    csa = [layer for layer, kind in enumerate(model.config.layer_kinds) if kind == "csa"]
-    hits = {f"{layer} {query}": 0 for layer in csa for query in ("key", "end")}
+    choosing = score.selecting_layers(model.config)
+    hits = {f"{layer} {query}": 0 for layer in choosing for query in ("key", "end")}
     for trial in range(trials):
         start, key = int(rng.integers(len(text) - 8 * tokens)), str(rng.choice(np.array(keys)))
         value = str(int(10 ** (digits - 1) + rng.random() * 9 * 10 ** (digits - 1)))
         depth = (trial + 0.5) / trials * (1 - 2 * far / tokens)
         passage = text[start : start + 8 * tokens]
         needle = hide_needle(model, passage, key, value, depth, tokens, sentence=sentence, question=question)
-        asked, block = len(needle.ids) - 1, needle.position // model.config.csa_ratio
+        asked = len(needle.ids) - 1
         line = torch.tensor([[*needle.ids, *needle.value_ids]])
         with torch.inference_mode():
             guesses = model(line.to(model.device), topk=k)[0].argmax(-1).cpu()
         right += guesses[asked:-1].tolist() == list(needle.value_ids)
-        for layer, entries in score.selected_entries(model, line[:, : asked + 1], k).items():
+        for layer, entries in score.selected_entries(model, line[:, : asked + 1], k).items() if choosing else ():
+            read_by = set(score.entries_of(model.config, layer, needle.position))
             for query, t in (("key", needle.queries[-1]), ("end", asked)):
-                hits[f"{layer} {query}"] += bool({block, block + 1} & set(entries[0, t].tolist()))
-        visible = (asked + 1) // model.config.csa_ratio
-        luck.append(chance(visible, min(k, visible)))
+                hits[f"{layer} {query}"] += bool(read_by & set(entries[0, t].tolist()))
+        if choosing:
+            visible = (asked + 1) // model.config.compress_ratios[choosing[0]]
+            luck.append(chance(visible, min(k or 0, visible), len(score.entries_of(model.config, choosing[0], 0))))
     return {
         "model": _label(model),
         "topk": k,
@@ -246,7 +249,7 @@ def needle_trials(
         "recall": right / trials,
         "recall_chance": 1 / (9 * 10 ** (digits - 1)),
         "hits": {name: count / trials for name, count in hits.items()},
-        "hit_chance": float(np.mean(luck)),
+        "hit_chance": float(np.mean(luck)) if luck else 0.0,
     }
 
 

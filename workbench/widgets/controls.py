@@ -102,7 +102,8 @@ class RunControls(ipw.VBox):
         settings = {
             "max_new_tokens": self.max_new_tokens.value,
             "temperature": self.temperature.value,
-            "topk": None if self.topk.value == self.topk.max else self.topk.value,  # None: all the model is made for
+            # None: all the model is made for
+            "topk": None if self.topk.disabled or self.topk.value == self.topk.max else self.topk.value,
             "seed": self.seed.value,
             "prefetch": self.prefetch.value,
         }
@@ -183,7 +184,7 @@ class RunControls(ipw.VBox):
 
     def _bound_topk(self, most: int | None) -> None:
         """Let ``topk`` range from 1 to what the model is made for; a value at the old limit moves to the new one."""
-        self.topk.disabled = most is None
+        self.topk.disabled = not most
         if most is not None:
             at_limit = self.topk.value == self.topk.max
             self.topk.max = most

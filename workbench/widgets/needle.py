@@ -65,10 +65,11 @@ class HideANeedle(ipw.VBox):
         self.value = ipw.Text(
             "37", description="Code", tooltip="The models were trained on two digits", layout=NARROW, style=LABELS
         )
-        most = model.config.index_topk
+        most = model.config.index_topk or 1
         self.topk = ipw.IntSlider(
-            most, 1, most, description="Index top-k", tooltip="Entries a CSA layer keeps", layout=NARROW, style=LABELS
+            most, 1, most, description="Index top-k", tooltip="Entries a selecting layer keeps", layout=NARROW, style=LABELS
         )
+        self.topk.disabled = not model.config.index_topk
         self.compare = ipw.Checkbox(False, description="also ask an untrained model", indent=False, layout=NARROW)
         self.ask = ipw.Button(description="Hide and ask", button_style="primary", tooltip="Hide the needle and run the model")
         self.stop = ipw.Button(description="Stop asking", tooltip="End the run after its step", disabled=True)
@@ -153,7 +154,9 @@ class HideANeedle(ipw.VBox):
         """Ask one model for the whole code; with ``watch`` every widget of the session follows."""
         from workbench.live import run
 
-        live = self._asked = run(model, needle.ids, max_new_tokens=len(needle.value_ids), topk=self.topk.value)
+        live = self._asked = run(
+            model, needle.ids, max_new_tokens=len(needle.value_ids), topk=None if self.topk.disabled else self.topk.value
+        )
         if watch:
             self.session.attach(live)
         live.wait()
@@ -225,7 +228,8 @@ def rates_html(rates: Mapping[str, Mapping[str, Any]]) -> str:
     for name, result in rates.items():
         hits = [f"{result['hits'][look]:.0%}" if look in result["hits"] else "–" for look in looks]
         answered = [str(result["questions"]), f"{result['recall']:.0%}", f"{result['recall_chance']:.1%}"]
-        rows.append([name, f"top {result['topk']}", *answered, *hits, f"{result['hit_chance']:.0%}"])
+        kept = f"top {result['topk']}" if result["topk"] else "all"
+        rows.append([name, kept, *answered, *hits, f"{result['hit_chance']:.0%}"])
     head = (
         "",
         "kept entries",
