@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from workbench import cost
-from workbench.config import DenseConfig, HybridConfig, ModelConfig, SharedStreamConfig, read_config
+from workbench.config import DenseConfig, HybridConfig, SharedStreamConfig, read_config
 from workbench.errors import InputError
 from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, SKY, VERMILLION, chart_text, styled
 from workbench.trace import Trace
@@ -127,7 +128,7 @@ def _row(part: str, sums: str, expected: int | None, live: int) -> str:
     return f"<tr><th scope='row'>{escape(part)}</th>{counts}<td class='sum'>{sums}</td></tr>"
 
 
-def _add_modelled(fig: go.Figure, config: ModelConfig, storage: str, tokens: list[int]) -> None:
+def _add_modelled(fig: go.Figure, config: Any, storage: str, tokens: list[int]) -> None:
     marks = sorted({1, *tokens, *(max(1, round(i * tokens[-1] / MODELLED_POINTS)) for i in range(MODELLED_POINTS + 1))})
     totals = [cost.kv_bytes(config, n, storage)["total"] for n in marks]
     _add_line(fig, marks, totals, "this model, modelled (formula)", GREY, "dot")
@@ -136,8 +137,8 @@ def _add_modelled(fig: go.Figure, config: ModelConfig, storage: str, tokens: lis
         _add_line(fig, marks, dense, f"{name}, modelled (formula)", VERMILLION, dash)
 
 
-def _baselines(config: ModelConfig | None) -> dict[str, int]:
-    """Dense caches to compare with, as name -> KV heads: none where heads have no one width (MLA), or the cache is one itself."""
+def _baselines(config: Any) -> dict[str, int]:
+    """Dense caches to compare with, name -> KV heads: none where heads have no one width (MLA) or the cache is one itself."""
     if not isinstance(config, HybridConfig | SharedStreamConfig | DenseConfig):
         return {}
     heads = config.num_attention_heads
@@ -163,10 +164,10 @@ def _held(trace: Trace, step: int) -> int:
     return sum(int(trace.cache_bytes[part][step]) for part in _parts(trace))
 
 
-def _config(trace: Trace) -> ModelConfig | None:
+def _config(trace: Trace) -> Any:
     """The configuration ``cost`` needs, or None for a run of a model it has no formula for."""
     try:
-        config: ModelConfig = read_config(trace.config)
+        config = read_config(trace.config)
         cost.kv_bytes(config, 0, trace.storage)
     except InputError:
         return None

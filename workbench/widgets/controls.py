@@ -52,12 +52,14 @@ class RunControls(ipw.VBox):
             tooltip="Loaded on the first start", layout=NARROW, style=LABELS,
         )  # fmt: skip
         asked = trace.notes  # what the run on show was asked for is what another one starts from
+        new_tokens, temperature = _number(asked.get("max_new_tokens"), 64), _number(asked.get("temperature"), 0.0)
         self.max_new_tokens = ipw.BoundedIntText(
-            _number(asked.get("max_new_tokens"), 64), 1, MAX_NEW_TOKENS, description="New tokens", tooltip="Tokens to generate at most", layout=NARROW, style=LABELS
-        )
-        self.temperature = ipw.BoundedFloatText(
-            _number(asked.get("temperature"), 0.0), min=0.0, max=5.0, step=0.1, description="Temperature", tooltip="0: always the likeliest token", layout=NARROW,
+            new_tokens, 1, MAX_NEW_TOKENS, description="New tokens", tooltip="Tokens to generate at most", layout=NARROW,
             style=LABELS,
+        )  # fmt: skip
+        self.temperature = ipw.BoundedFloatText(
+            temperature, min=0.0, max=5.0, step=0.1, description="Temperature", tooltip="0: always the likeliest token",
+            layout=NARROW, style=LABELS,
         )  # fmt: skip
         self.topk = ipw.BoundedIntText(
             1,
@@ -69,8 +71,9 @@ class RunControls(ipw.VBox):
             style=LABELS,
         )
         self.seed = ipw.BoundedIntText(
-            _number(asked.get("seed"), 0), 0, 2**31 - 1, description="Seed", tooltip="Same seed, same text", layout=NARROW, style=LABELS
-        )
+            _number(asked.get("seed"), 0), 0, 2**31 - 1, description="Seed", tooltip="Same seed, same text", layout=NARROW,
+            style=LABELS,
+        )  # fmt: skip
         self.prefetch = ipw.Dropdown(
             options=POLICIES, description="Engram rows", tooltip="When the rows are fetched", layout=NARROW, style=LABELS
         )
@@ -186,7 +189,7 @@ class RunControls(ipw.VBox):
         self._say("")
 
     def _bound_topk(self, most: int | None, at: int = 0) -> None:
-        """Let ``topk`` range from 1 to what the model is made for; a value at the old limit moves to the new one, or to ``at``."""
+        """Let ``topk`` range from 1 to what the model is made for; a value at the old limit moves to the new one or ``at``."""
         self.topk.disabled = not most
         self.topk.description, self.topk.tooltip = ("Index top-k", TOPK_TOOLTIP) if most else ("No top-k", NO_TOPK_TOOLTIP)
         if most:
