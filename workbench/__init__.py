@@ -24,6 +24,7 @@ _HOME = {
     "kv_bytes_per_token": "cost",
     "decode_bytes": "cost",
     "decode_flops": "cost",
+    "true_size_layer": "true_size",
     "hide_needle": "needle",
     "find_needle": "needle",
     "needle_rates": "needle",

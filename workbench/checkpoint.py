@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.config import read_config
 from workbench.errors import InputError
@@ -29,7 +29,7 @@ from workbench.model.engram import check_canonical_ids
 from workbench.model.families import model_class
 from workbench.model.language_model import LanguageModel
 from workbench.model.quant import dequantise_fp4, dequantise_fp8_blocks
-from workbench.runtime import memory_bytes, pick_device
+from workbench.runtime import available_bytes, pick_device, size_text
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
@@ -141,7 +141,7 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
         _check_memory(expected, where, dtype)
         model = model_class(config)(config)
         if dtype is not torch.float32:
-            _convert(model, dtype)
+            convert(model, dtype)
         weights.fill(model.state_dict(), _fp8_block(settings))
     _check_tables(model)
     model.name, model.what = folder.resolve().name, "toy, trained" if folder.parent == ASSETS else "weights from a folder"
@@ -452,7 +452,7 @@ def _check_tables(model: LanguageModel) -> None:
         check_canonical_ids(model.get_buffer("engram_canonical_ids"), model.config.engram)
 
 
-def _convert(model: LanguageModel, dtype: torch.dtype) -> None:
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Compute in ``dtype``, in place; below float32 the sensitive terms keep their precision."""
     for name, parameter in model.named_parameters():
         if dtype is torch.float64 or not _FLOAT32.search(name):
@@ -464,27 +464,13 @@ def _convert(model: LanguageModel, dtype: torch.dtype) -> None:
 def _check_memory(expected: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
     """Raises InputError, with both numbers, if the model cannot fit where it is built (float32, host) or where it will run."""
     built = sum(tensor.nbytes for tensor in expected.values()) * max(1, dtype.itemsize // 4)
-    needs = [("memory", built, _available_host_bytes())]
+    needs = [("memory", built, available_bytes())]
     if device.type == "cuda":  # Engram tables stay on the host
         moved = sum(tensor.numel() for name, tensor in expected.items() if ".engram.table." not in name) * dtype.itemsize
-        needs.append((f"memory on {device}", moved, torch.cuda.mem_get_info(device)[0]))
+        needs.append((f"memory on {device}", moved, available_bytes(device)))
     for place, needed, available in needs:
         if needed > available:
-            raise InputError(f"the model needs {_size(needed)} of {place} but {_size(available)} are free")
-
-
-def _available_host_bytes() -> float:
-    """Bytes of memory that may still be used, as far as the system says."""
-    limit = memory_bytes() or float("inf")
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return min(limit, next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration):
-        return limit
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+            raise InputError(f"the model needs {size_text(needed)} of {place} but {size_text(available)} are free")
 
 
 def _is_plain(name: str) -> bool:
