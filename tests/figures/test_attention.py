@@ -11,7 +11,6 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from PIL import Image
-from workbench.figures.query import describe, query_strip, source_probs, top_sources
 
 from tests.synthetic import FAMILIES, synthetic_trace
 from workbench.errors import InputError
@@ -23,6 +22,7 @@ from workbench.figures.attention import (
     layer_thumbnails,
     thumbnails,
 )
+from workbench.figures.query import describe, query_strip, source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
 TRACE = synthetic_trace(97, seed=1)
