@@ -35,7 +35,7 @@ _HOME = {
     "NeedleAnswer": "widgets.needle",
     "NeedleRates": "widgets.needle",
     "needle_chart": "figures.needle",
-    "query_strip": "figures.attention",
+    "query_strip": "figures.query",
     "attention_tile": "figures.attention",
     "AttentionExplorer": "widgets.attention",
     "KVCacheGrowth": "widgets.memory",

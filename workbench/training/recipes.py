@@ -30,11 +30,14 @@ class Recipe:
     seed: int
     phases: tuple[Phase, ...]
     family: Literal["v4", "mla-dsa", "gqa"] = "v4"
+    start_from: str | None = None  # a shipped checkpoint whose weights and tokenizer training starts from; else the seed
     engram: bool = False
     vocab_size: int = 1536
     plain_share: float = 0.25  # of the sequences of a batch, text without needles
     short_share: float = 0.5  # of the needles in the other streams, said in short
     once_share: float = 0.25  # and streams that ask for each key once, over all distances
+    tally_share: float = 0.0  # and sequences that ask for the most frequent of many values (training/tally.py)
+    index_topk: int = 8  # of the "v4" family
     muon_lr: float = 1e-2
     adam_lr: float = 5e-3
     table_lr: float = 1e-2
@@ -80,7 +83,7 @@ class Recipe:
             moe_intermediate_size=64,
             index_n_heads=4,
             index_head_dim=32,
-            index_topk=8,
+            index_topk=self.index_topk,
             csa_ratio=4,
             hca_ratio=128,
             sliding_window=16,
@@ -141,6 +144,24 @@ _TINY_V4 = Recipe(
         Phase(steps=25, length=4096, batch=1),
     ),
 )
+# Goes on from a model that finds one record, so that it only has to learn to weigh many; keeps more entries, as it needs them.
+_TALLY = replace(
+    _TINY_V4,
+    name="tiny-v4-tally",
+    start_from="tiny-v4",
+    phases=(
+        Phase(steps=350, length=512, batch=8, hit_target=0.98),
+        Phase(steps=80, length=1024, batch=4),
+        Phase(steps=10, length=4096, batch=1),
+    ),
+    short_share=0.3,
+    once_share=0.125,
+    tally_share=0.625,
+    index_topk=16,
+    muon_lr=4e-3,
+    adam_lr=2e-3,
+    warmup_steps=20,
+)
 # Dense attention has no indexer to wait for; the same steps on the same data all the same.
 _DENSE_PHASES = tuple(replace(phase, hit_target=None) for phase in _TINY_V4.phases)
 RECIPES = {
@@ -150,6 +171,7 @@ RECIPES = {
         replace(_TINY_V4, name="tiny-v4-engram", engram=True),
         replace(_TINY_V4, name="tiny-mla-dsa", family="mla-dsa"),
         replace(_TINY_V4, name="tiny-gqa", family="gqa", phases=_DENSE_PHASES),
+        _TALLY,
     )
 }
 

@@ -7,7 +7,7 @@ overlapping blocks its own block's or the next one, in V3.2 the token itself. (r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from workbench.config import ModelConfig
 from workbench.model.language_model import LanguageModel
 from workbench.recorder import selecting_attention
 from workbench.trace import SELECTING
-from workbench.training import tasks
+from workbench.training import tally, tasks
 
 SEED = 20260424  # of the held-out needles; training seeds are small numbers
 CHUNK = 512
+TALLY_LENGTH = 1024
+Sought = Callable[[tasks.RecallBatch], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def far_distance(model: LanguageModel) -> int:
@@ -63,19 +65,40 @@ def selected_entries(model: LanguageModel, ids: torch.Tensor, topk: int | None =
     return {layer: np.concatenate(chunks, axis=1) for layer, chunks in chosen.items()}
 
 
+def last_needles(batch: tasks.RecallBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, t, position): for each question, at t, where the value it asks for stood last."""
+    row, t = np.nonzero(batch.read_mask)
+    return row, t, batch.needle_position[row, t]
+
+
+def all_records(batch: tasks.RecallBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, t, position): for each question, at t, each place where some value of its key was written as a whole sentence."""
+    places = []
+    for row, t in zip(*np.nonzero(batch.read_mask), strict=True):
+        before = batch.ids[row, : t - 1]
+        named = np.flatnonzero((before[:-2] == batch.ids[row, t - 1]) & (before[1:-1] == batch.ids[row, t]))
+        places += [(row, t, at + 2) for at in named if not batch.text_mask[row, at]]
+    row, t, position = np.array(places, np.int64).reshape(-1, 3).T
+    return row, t, position
+
+
 def needle_hits(
-    model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int, topk: int | None = None
+    model: LanguageModel,
+    batches: Sequence[tasks.RecallBatch],
+    k: int,
+    topk: int | None = None,
+    sought: Sought = last_needles,
 ) -> dict[str, float]:
-    """Share of far questions whose needle's entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
+    """Share of far needles whose entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
 
     Per selecting layer and per query that may look it up: the key, next to last in the question, or the question's end. A model
     may fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the
     end; empty for a model that does not select.
+    ``sought`` says which needles a question has: the last one, or ``all_records``.
     """
     found: dict[str, list[np.ndarray]] = {}
     for batch in batches if selecting_layers(model.config) else ():
-        row, t = np.nonzero(batch.read_mask)
-        needle = batch.needle_position[row, t]
+        row, t, needle = sought(batch)
         distant = t - needle > far_distance(model)
         row, t, needle = row[distant], t[distant], needle[distant]
         for layer, entries in selected_entries(model, torch.from_numpy(batch.ids), topk).items():
@@ -159,4 +182,55 @@ def score_model(model: LanguageModel, heldout: np.ndarray, *, quick: bool = Fals
     return scores | {
         "text_loss": text_loss(model, heldout, windows=8 if quick else 64, length=256),
         "text_loss_uniform": float(np.log(model.config.vocab_size)),
+    }
+
+
+def window_reach(model: LanguageModel) -> int:
+    """Tokens, the last one included, that the sliding windows of all layers together can carry to the last one."""
+    return model.config.num_hidden_layers * (model.config.sliding_window - 1) + 1
+
+
+@torch.inference_mode()
+def window_recall(model: LanguageModel, batches: Sequence[tasks.RecallBatch]) -> float:
+    """Share of questions answered right by a model that is shown nothing but what its windows reach."""
+    right, reach = [], window_reach(model)
+    for batch in batches:
+        row, t = np.nonzero(batch.read_mask)
+        lines = np.stack([batch.ids[r, at + 1 - reach : at + 1] for r, at in zip(row, t, strict=True)])
+        guesses = model(torch.from_numpy(lines).to(model.device), logits="last")[:, -1].argmax(-1).cpu().numpy()
+        right.append(guesses == batch.ids[row, t + 1])
+    return float(np.concatenate(right).mean())
+
+
+def tally_batches(
+    model: LanguageModel, heldout: np.ndarray, sequences: int, length: int = TALLY_LENGTH
+) -> list[tasks.RecallBatch]:
+    """Held-out sequences with four keys each, all their records beyond what the windows reach."""
+    assert model.tokenizer is not None
+    rng = np.random.default_rng(SEED)
+    stream = tally.TallyStream(model.tokenizer, heldout, gap=window_reach(model))
+    return [stream.batch(rng, 4, length) for _ in range(sequences // 4)]
+
+
+def tally_scores(model: LanguageModel, heldout: np.ndarray, *, sequences: int = 80) -> dict[str, Any]:
+    """How often the most frequent value is named, by the number of entries that CSA layers keep, and what that is worth.
+
+    Beside it: all entries kept, the windows alone, a guess from one record drawn at random, blind chance, and the share of the
+    records of the key whose entry is among the k best.
+    """
+    batches = tally_batches(model, heldout, sequences)
+    most = model.config.index_topk
+    kept = sorted({1, 2, 3, 4, 6, 8, 12, most} & set(range(1, most + 1)))
+    return {
+        "counts": list(tally.TEST_COUNTS),
+        "length": TALLY_LENGTH,
+        "entries": TALLY_LENGTH // model.config.csa_ratio,
+        "questions": int(sum(batch.read_mask.sum() for batch in batches)),
+        "accuracy": {str(k): recall(model, batches, topk=k)["all"] for k in kept},
+        "accuracy_all_entries": recall(model, batches, topk=TALLY_LENGTH)["all"],
+        "accuracy_4096": recall(model, tally_batches(model, heldout, max(4, sequences // 8), 4096))["all"],
+        "window_alone": window_recall(model, batches),
+        "one_record": max(tally.TEST_COUNTS) / sum(tally.TEST_COUNTS),
+        "chance": 1 / len(tasks.VALUES),
+        "records_found": {str(k): needle_hits(model, batches[:6], k, sought=all_records) for k in kept},  # 960 records
     }
