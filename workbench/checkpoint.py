@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.config import read_config
 from workbench.errors import InputError
@@ -141,7 +141,7 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
         _check_memory(expected, where, dtype)
         model = model_class(config)(config)
         if dtype is not torch.float32:
-            _convert(model, dtype)
+            convert(model, dtype)
         weights.fill(model.state_dict(), _fp8_block(settings))
     _check_tables(model)
     model.name, model.what = folder.resolve().name, "toy, trained" if folder.parent == ASSETS else "weights from a folder"
@@ -452,7 +452,7 @@ def _check_tables(model: LanguageModel) -> None:
         check_canonical_ids(model.get_buffer("engram_canonical_ids"), model.config.engram)
 
 
-def _convert(model: LanguageModel, dtype: torch.dtype) -> None:
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Compute in ``dtype``, in place; below float32 the sensitive terms keep their precision."""
     for name, parameter in model.named_parameters():
         if dtype is torch.float64 or not _FLOAT32.search(name):

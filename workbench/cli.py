@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cost = commands.add_parser("cost", help="count a published model's cache, work and fit, without running it")
     cost.add_argument("preset", metavar="PRESET", help=f"one of {', '.join(presets)}")
-    cost.add_argument("--length", required=True, type=_length, metavar="N[K|M]", help="tokens; K is 1,024 and M 1,048,576")
+    cost.add_argument("--length", required=True, type=token_count, metavar="N[K|M]", help="tokens; K is 1,024 and M 1,048,576")
     cost.add_argument("--device", nargs="+", action="extend", default=[], metavar="D", help=f"any of {', '.join(devices)}")
     cost.add_argument("--cards", type=int, default=1, metavar="N", help="devices that share the work (default %(default)s)")
     cost.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoded together (default %(default)s)")
@@ -107,7 +107,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _length(text: str) -> int:
+def token_count(text: str) -> int:
     factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
     digits = text[:-1] if factor > 1 else text
     if not (digits.isascii() and digits.isdigit()):
@@ -160,7 +160,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(f"{out} holds something that is not a trace; give a new or an empty folder")
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "topk", "temperature", "seed", "prefetch")}
     live = wb.run(wb.load(options.model, device=options.device), prompt, **settings)
-    bar = _Progress()
+    bar = Progress()
     try:
         out.mkdir(parents=True, exist_ok=True)  # an unusable place shows now, not after the run
         while not live.wait(0.2):
@@ -269,7 +269,7 @@ def _size(number: float) -> str:
 def _train(options: argparse.Namespace) -> int:
     from workbench.training.train import train
 
-    bar = _Progress()
+    bar = Progress()
     try:
         train(options.recipe, options.out, fresh=options.fresh, progress=(lambda text, part: bar.show(part, text)))
     except KeyboardInterrupt:
@@ -360,7 +360,7 @@ def _check_checkpoints() -> list[tuple[str, str]]:
     return [("ok", f"checkpoint {name}, {size / 1e6:.1f} MB") for name, size in shipped.items()]
 
 
-class _Progress:
+class Progress:
     """One line on a terminal, redrawn in place; nothing in a pipe."""
 
     def __init__(self) -> None:

@@ -106,10 +106,8 @@ class LatentConfig:
     def to_dict(self) -> dict[str, Any]:
         """The same configuration as ``config.json`` would hold it, readable by ``from_dict`` and by ``transformers``."""
         family = self.model_type if self.index_topk else "deepseek_v3"
-        left_out = {"rope", "mscale_all_dim"} | (
-            set() if self.index_topk else {"index_topk", "index_n_heads", "index_head_dim"}
-        )
-        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        del settings["rope"], settings["mscale_all_dim"]
         rope = write_rope(self.rope) | {"rope_theta": self.rope.theta}
         if self.rope.factor > 1:
             rope |= {"mscale": self.mscale_all_dim, "mscale_all_dim": self.mscale_all_dim}

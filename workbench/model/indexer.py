@@ -89,14 +89,18 @@ class Indexer(nn.Module):
 
     def forward(self, x: Tensor, qr: Tensor, turns: Tensor, start: int, cache: LayerCache | None) -> IndexQueries:
         """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2] -> queries, weights and all keys so far."""
-        x, qr = x.detach(), qr.detach()
-        q = rotate(self.wq_b(qr).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
-        w = self.weights_proj(x) * (self.width**-0.5 * self.heads**-0.5)
-        keys = self.compressor(x, start, cache.index_tail if cache else None)
+        q = rotate(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
+        w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
+        keys = self.remember(x, start, cache)
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
+
+    def remember(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
+        """Take the tokens x [B, T, C] in; all index keys complete after them, [B, S, D]."""
+        keys = self.compressor(x.detach(), start, cache.index_tail if cache else None)
         if cache is None or cache.index is None:
-            return self.index_tap(IndexQueries(q, w, Rows(keys)))
+            return Rows(keys)
         cache.index.append(keys)
-        return self.index_tap(IndexQueries(cache.index.as_queries(q), w, cache.index))
+        return cache.index
 
 
 class TokenIndexer(nn.Module):
@@ -119,9 +123,7 @@ class TokenIndexer(nn.Module):
         q = rotate_halves(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
         keys = self.remember(x, turns, cache)
-        if isinstance(keys, GrowingRows):
-            q = keys.as_queries(q)
-        return self.index_tap(IndexQueries(q, w, keys))
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
 
     def remember(self, x: Tensor, turns: Tensor, cache: LayerCache | None) -> Rows | GrowingRows:
         """Take the tokens x [B, T, C] in; all index keys so far, [B, S, D]."""

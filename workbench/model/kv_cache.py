@@ -10,6 +10,7 @@ Letters: B batch, W window, D head dim, R compression ratio, K entries per query
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from workbench.model.formats import KV_PART, RowFormat, row_formats
 
 FIRST_ROWS, GROWTH = 64, 1.5
 PARTS = ("window", "compressed", "index", "tail", "engram")
+
+Mark = dict[str, Any]  # what it takes to come back to a moment: counts, and copies of what later tokens overwrite
 
 
 class Rows:
@@ -51,6 +54,16 @@ def gather_rows(rows: Tensor, numbers: Tensor) -> Tensor:
     if batch > 1:
         numbers = numbers + length * torch.arange(batch, device=numbers.device).view(-1, 1, 1)
     return rows.reshape(batch * length, width).index_select(0, numbers.flatten()).view(*numbers.shape, width)
+
+
+def _put(target: Tensor, values: Tensor) -> None:
+    """Copy values of a mark into their place. Raises InputError if they are not of its shape and dtype."""
+    if (values.shape, values.dtype) != (target.shape, target.dtype):
+        raise InputError(
+            f"expected {list(target.shape)} values of {target.dtype}, got {list(values.shape)} of {values.dtype}; is this"
+            " another cache's mark?"
+        )
+    target.copy_(values)
 
 
 class GrowingRows:
@@ -95,6 +108,21 @@ class GrowingRows:
         return self.form.as_queries(queries)
 
     @property
+    def stored(self) -> Tensor:
+        """The rows as they lie in memory, [B, length, stored width]."""
+        return self._rows[:, : self.length]
+
+    def mark(self) -> Mark:
+        return {"length": self.length}
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier ``mark``, forgetting rows appended since; ``rows``, if it has them, are taken as ``stored``."""
+        if "rows" in mark:
+            self.reserve(mark["length"])
+            _put(self._rows[:, : mark["length"]], mark["rows"])
+        self.length = mark["length"]
+
+    @property
     def nbytes(self) -> int:
         return self.length * self._row_bytes
 
@@ -133,6 +161,18 @@ class WindowRing:
         self.length += count
         self.bytes_read += count * self._row_bytes
         return self.form.decode(stored)
+
+    def skip(self, count: int) -> None:
+        """Let ``count`` tokens pass whose keys nobody will read, because W more are appended before anyone looks."""
+        self.length += count
+
+    def mark(self) -> Mark:
+        return {"length": self.length, "ring": self._ring[:, : self.held].clone()}
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier ``mark``."""
+        self.length = mark["length"]
+        _put(self._ring[:, : self.held], mark["ring"])
 
     @property
     def nbytes(self) -> int:
@@ -176,6 +216,15 @@ class BlockTail:
         if last_block is not None:
             self._overlap.copy_(last_block.detach())
         self.blocks += finished
+
+    def mark(self) -> Mark:
+        return {"count": self.count, "blocks": self.blocks, "open": self.open.clone(), "overlap": self._overlap.clone()}
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier ``mark``."""
+        self.count, self.blocks = mark["count"], mark["blocks"]
+        _put(self.open, mark["open"])
+        _put(self._overlap, mark["overlap"])
 
     @property
     def nbytes(self) -> int:
@@ -268,6 +317,13 @@ class KVCache:
             raise WorkbenchError(
                 "this cache was left half-filled by an interrupted call; make a new one with model.new_cache()"
             )
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` tokens in all and no more, so that growing up to there copies nothing."""
+        for layer, ratio in zip(self.layers, self.config.compress_ratios, strict=True):
+            for _, store in layer.parts():
+                if isinstance(store, GrowingRows):
+                    store.reserve(tokens // ratio)
 
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes holding data, by part, for all sequences of the batch together."""

@@ -87,8 +87,10 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """
     channels = 2 * turns.shape[-1]
     still, moving = x[..., :-channels], x[..., -channels:]
-    pairs = torch.view_as_complex(moving.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    pairs = moving.float().unflatten(-1, (-1, 2)).contiguous()
+    if pairs.storage_offset() % 2:  # a single row after an odd number of channels: contiguous as it is, but no complex number
+        pairs = pairs.clone()
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
     return torch.cat([still, turned], dim=-1)
 
 
