@@ -118,8 +118,11 @@ class LayerRecord:
         self._append("selected", [a.selection.entries for a in run if a.selection])
         self._append("selected_scores", [_finite(a.selection.scores) for a in run if a.selection])
         self._append("selected_probs", [a.entry_probs for a in run])
-        self._append("runner_up", [_first(a.runner_up.entries, -1) for a in run if a.runner_up])
-        self._append("runner_up_scores", [_first(_finite(a.runner_up.scores), np.nan) for a in run if a.runner_up])
+        rows = [(a.runner_up, a.sink_probs[..., 0]) for a in run]  # a layer that reuses a choice has no runner-up of its own
+        entries = [_first(r.entries, -1) if r else torch.full_like(like, -1) for r, like in rows]
+        scores = [_first(_finite(r.scores), np.nan) if r else torch.full_like(like, np.nan) for r, like in rows]
+        self._append("runner_up", entries)
+        self._append("runner_up_scores", scores)
 
     def _append(self, name: str, tensors: list[Tensor]) -> None:
         self.columns[name].append(torch.cat([t[0] for t in tensors]).float().cpu().numpy())

@@ -16,6 +16,7 @@ from workbench.config.shared_stream import SharedStreamConfig
 from workbench.errors import InputError
 
 __all__ = [
+    "DeepSeekV4Config",
     "DenseConfig",
     "EngramConfig",
     "HybridConfig",
@@ -28,10 +29,11 @@ __all__ = [
 ]
 
 ModelConfig = HybridConfig | SharedStreamConfig | LatentConfig | DenseConfig
-FAMILIES: dict[str, type[HybridConfig]] = {"deepseek_v4": HybridConfig}
+DeepSeekV4Config = HybridConfig | SharedStreamConfig  # V4 and V4.1 share mHC streams, MoE, Engram and the shared-KV attention
+FAMILIES: dict[str, Any] = {family.model_type: family for family in (HybridConfig, SharedStreamConfig)}
 
 
-def read_config(settings: dict[str, Any]) -> HybridConfig:
+def read_config(settings: dict[str, Any]) -> ModelConfig:
     """The configuration a ``config.json`` describes. Raises InputError for another ``model_type`` or a bad setting."""
     family = FAMILIES.get(settings.get("model_type", "deepseek_v4"))
     if family is None:

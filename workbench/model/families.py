@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from workbench.config import HybridConfig, ModelConfig
+from workbench.config import HybridConfig, ModelConfig, SharedStreamConfig
 from workbench.errors import InputError
 from workbench.model.language_model import LanguageModel
+from workbench.model.single_pass import V41Model
 from workbench.model.transformer import V4Model
 
-MODELS: dict[type, type[LanguageModel]] = {HybridConfig: V4Model}
+MODELS: dict[type, type[LanguageModel]] = {HybridConfig: V4Model, SharedStreamConfig: V41Model}
 
 
 def model_class(config: ModelConfig) -> type[LanguageModel]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig, RopeConfig
+from workbench.config import DeepSeekV4Config, RopeConfig
 
 
 class Tap(nn.Module):
@@ -63,7 +63,7 @@ class Rotary(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, config: HybridConfig, compressed: bool) -> None:
+    def __init__(self, config: DeepSeekV4Config, compressed: bool) -> None:
         super().__init__()
         rope = config.compress_rope if compressed else None
         theta = rope.theta if rope else config.rope_theta

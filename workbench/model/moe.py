@@ -1,4 +1,4 @@
-"""Mixture of experts as in V4: sqrt-softplus scores, hash-routed first layers, one shared expert.
+"""Mixture of experts as in V4 and V4.1: sqrt-softplus scores, V4's first layers hash-routed, one shared expert.
 
 Letters: N tokens (batch and time flattened), C model dim, E experts, K experts per token, I expert width.
 (reference/deepseek-v4.md, section 7)
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig
+from workbench.config import DeepSeekV4Config
 from workbench.model.layers import Tap
 
 
@@ -29,7 +29,7 @@ class Gate(nn.Module):
     tid2eid: Tensor
     bias: Tensor
 
-    def __init__(self, config: HybridConfig, hashed: bool) -> None:
+    def __init__(self, config: DeepSeekV4Config, hashed: bool) -> None:
         super().__init__()
         experts, k = config.n_routed_experts, config.num_experts_per_tok
         self.k, self.scaling = k, config.routed_scaling_factor
@@ -53,7 +53,7 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """All routed experts, stacked: w13 [E, 2I, C] holds gate rows first, then up rows; w2 [E, C, I]."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: DeepSeekV4Config) -> None:
         super().__init__()
         e, i, c = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.limit = config.swiglu_limit
@@ -80,7 +80,7 @@ class Experts(nn.Module):
 class SharedExpert(nn.Module):
     """The expert every token visits, with weight one."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: DeepSeekV4Config) -> None:
         super().__init__()
         width = config.moe_intermediate_size * config.n_shared_experts
         self.limit = config.swiglu_limit
@@ -93,7 +93,7 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, config: HybridConfig, hashed: bool) -> None:
+    def __init__(self, config: DeepSeekV4Config, hashed: bool) -> None:
         super().__init__()
         self.gate = Gate(config, hashed)
         self.experts = Experts(config)

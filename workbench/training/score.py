@@ -1,7 +1,7 @@
 """What a trained model can do, measured on held-out text: needle recall, the indexer's hit rate, text loss; chance beside each.
 
 Far means beyond the sliding window and what the open blocks could still carry. A needle counts as found when the entry of its
-value token's block, or by overlap the next one, is among the k best. (reference/tiny-model.md, section 5)
+value token's block, or by CSA's overlap the next one, is among the k best. (reference/tiny-model.md, section 5)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from workbench.model.language_model import LanguageModel
 from workbench.recorder import selecting_attention
+from workbench.trace import INDEXING
 from workbench.training import tasks
 
 SEED = 20260424  # of the held-out needles; training seeds are small numbers
@@ -23,7 +24,18 @@ CHUNK = 512
 
 def far_distance(model: LanguageModel) -> int:
     """Tokens between value and question above which only compressed entries can help."""
-    return model.config.sliding_window + 2 * model.config.csa_ratio
+    return model.config.sliding_window + 2 * max((ratio for _, ratio in indexing_layers(model).values()), default=0)
+
+
+def indexing_layers(model: LanguageModel) -> dict[int, tuple[str, int]]:
+    """Layers that choose entries themselves: layer -> its kind and ratio."""
+    kinds = zip(model.config.layer_kinds, model.config.compress_ratios, strict=True)
+    return {layer: (kind, ratio) for layer, (kind, ratio) in enumerate(kinds) if kind in INDEXING}
+
+
+def holding_entries(kind: str) -> int:
+    """How many entries, from a token's own block on, a token goes into: CSA's blocks overlap."""
+    return 2 if kind == "csa" else 1
 
 
 @torch.inference_mode()
@@ -42,10 +54,11 @@ def recall(model: LanguageModel, batches: Sequence[tasks.RecallBatch], topk: int
 
 
 def selected_entries(model: LanguageModel, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
-    """Entries each CSA layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
+    """Entries each layer that chooses keeps for each query, best first: layer -> [B, T, K], -1 where none."""
     with selecting_attention(model) as seen, torch.inference_mode():
         model(ids.to(model.device), topk=topk)
-    chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in seen.items()}
+    own = {layer: seen[layer] for layer in indexing_layers(model)}
+    chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in own.items()}
     return {layer: np.concatenate(chunks, axis=1) for layer, chunks in chosen.items()}
 
 
@@ -54,33 +67,42 @@ def needle_hits(
 ) -> dict[str, float]:
     """Share of far questions whose needle's entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
 
-    Per CSA layer and per query that may look it up: the key, next to last in the question, or the question's end. A model may
-    fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the end.
+    Per layer that chooses and per query that may look it up: the key, next to last in the question, or the question's end. A
+    model may fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before
+    the end.
     """
     found: dict[str, list[np.ndarray]] = {}
-    ratio = model.config.csa_ratio
+    layers = indexing_layers(model)
     for batch in batches:
         row, t = np.nonzero(batch.read_mask)
         needle = batch.needle_position[row, t]
         distant = t - needle > far_distance(model)
-        row, t, block = row[distant], t[distant], needle[distant] // ratio
+        row, t, needle = row[distant], t[distant], needle[distant]
         for layer, entries in selected_entries(model, torch.from_numpy(batch.ids), topk).items():
+            kind, ratio = layers[layer]
+            first = needle[:, None] // ratio
             for query, back in (("key", 1), ("end", 0)):
                 best = entries[row, t - back, :k]
-                hit = ((best == block[:, None]) | (best == block[:, None] + 1)).any(1)
+                hit = ((best >= first) & (best < first + holding_entries(kind))).any(1)
                 found.setdefault(f"{layer} {query}", []).append(hit)
     return {layer: float(np.concatenate(hits).mean()) for layer, hits in found.items()}
 
 
 def chance_hits(model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int) -> float:
-    """Expected hit rate when k of the visible entries are drawn at random, two of them being right."""
+    """Expected hit rate when k of the visible entries are drawn at random; of the layers that choose, the luckiest."""
     chances = []
-    for batch in batches:
-        row, t = np.nonzero(batch.read_mask)
-        t = t[t - batch.needle_position[row, t] > far_distance(model)]
-        visible = (t + 1) // model.config.csa_ratio
-        chances.append(1 - np.clip((visible - k) * (visible - k - 1), 0, None) / (visible * (visible - 1)))
-    return float(np.concatenate(chances).mean())
+    for kind, ratio in set(indexing_layers(model).values()):
+        for_layer = []
+        for batch in batches:
+            row, t = np.nonzero(batch.read_mask)
+            t = t[t - batch.needle_position[row, t] > far_distance(model)]
+            visible = (t + 1) // ratio
+            misses = np.ones(len(t))
+            for right in range(holding_entries(kind)):
+                misses *= np.clip(visible - k - right, 0, None) / (visible - right)
+            for_layer.append(1 - misses)
+        chances.append(float(np.concatenate(for_layer).mean()))
+    return max(chances)
 
 
 @torch.inference_mode()

@@ -26,7 +26,9 @@ from torch import Tensor
 from workbench import checkpoint
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
-from workbench.model.transformer import V4Model
+from workbench.model.engram import canonical_ids
+from workbench.model.families import model_class
+from workbench.model.language_model import LanguageModel
 from workbench.recorder import selecting_attention
 from workbench.training import tasks
 from workbench.training.optimiser import optimisers
@@ -52,12 +54,13 @@ def prepare(recipe: Recipe) -> Data:
     train_text, _ = tasks.corpus()
     tokenizer = tasks.train_tokenizer([train_text], recipe.vocab_size)
     encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)  # noqa: E731
-    return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), tasks.canonical_ids(tokenizer))
+    return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), canonical_ids(tokenizer))
 
 
-def build(recipe: Recipe, data: Data) -> V4Model:
+def build(recipe: Recipe, data: Data) -> LanguageModel:
     """The untrained model of a recipe, from its seed."""
-    model = V4Model.untrained(recipe.config(int(data.canonical.max()) + 1), recipe.seed)
+    config = recipe.config(int(data.canonical.max()) + 1)
+    model = model_class(config).untrained(config, recipe.seed)
     if model.config.engram:
         model.engram_canonical_ids.copy_(torch.from_numpy(data.canonical))
     model.tokenizer = data.tokenizer
@@ -114,7 +117,7 @@ def learning_rate(recipe: Recipe, step: int, total: int) -> float:
 
 
 def best_hit(point: dict[str, Any]) -> float:
-    """Needles found at the model's top-k by the CSA layer that finds most, at one point of the curve."""
+    """Needles found at the model's top-k by the layer that finds most, at one point of the curve."""
     return max(point["hit_at_topk"].values())
 
 
@@ -126,7 +129,7 @@ def warmed_up(curve: list[dict[str, Any]], phase: Phase) -> bool:
     return any(all(met[i : i + 3]) for i in range(len(met) - 2))
 
 
-def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> None:
+def balance_routers(model: LanguageModel, loads: dict[int, Tensor], step: float) -> None:
     """b_e += step * sign(mean load - load_e): aux-loss-free balancing of the score-routed layers."""
     for layer, load in loads.items():
         gate = model.blocks[layer].ffn.gate
@@ -135,7 +138,7 @@ def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> No
 
 
 @contextmanager
-def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
+def routed(model: LanguageModel) -> Iterator[dict[int, Tensor]]:
     """Tokens each expert got during the last forward pass, by layer."""
     loads: dict[int, Tensor] = {}
 
@@ -155,9 +158,9 @@ def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
 
 
 def train_step(
-    model: V4Model, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
+    model: LanguageModel, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
 ) -> dict[str, float]:
-    """One optimiser step, CSA attending to all visible entries if ``dense``; returns the parts of the loss."""
+    """One optimiser step, attention taking in all visible entries if ``dense``; returns the parts of the loss."""
     ids = torch.from_numpy(batch.ids)
     with selecting_attention(model) as attention, routed(model) as loads:
         logits = model(ids, topk=ids.shape[1] if dense else None)
@@ -244,7 +247,7 @@ def circumstances(cpu_seconds: float) -> dict[str, Any]:
     return {"python": platform.python_version(), "torch": torch.__version__, "cpu_seconds": cpu_seconds}
 
 
-def quick_scores(model: V4Model, data: Data, batches: int = 4) -> dict[str, Any]:
+def quick_scores(model: LanguageModel, data: Data, batches: int = 4) -> dict[str, Any]:
     """Recall, hit rates and text loss on a few held-out batches, for the curve and the hand-over to sparse selection."""
     rng = np.random.default_rng(12345)
     stream = tasks.RecallStream.asked_once(data.tokenizer, data.heldout_ids)
@@ -261,7 +264,7 @@ def quick_scores(model: V4Model, data: Data, batches: int = 4) -> dict[str, Any]
     return out
 
 
-def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def _tensors(model: LanguageModel, parts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for number, part in enumerate(parts):
         for key, state in part.state_dict()["state"].items():
@@ -269,7 +272,9 @@ def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Te
     return {name: value.contiguous().clone() for name, value in tensors.items()}
 
 
-def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer], note: dict[str, Any]) -> None:
+def _save_state(
+    out: Path, recipe: Recipe, model: LanguageModel, parts: list[torch.optim.Optimizer], note: dict[str, Any]
+) -> None:
     temporary = out / (STATE_FILE + ".part")  # tensors and note in one file, so that they can never disagree
     metadata = {"note": json.dumps({"recipe": recipe.to_dict()} | note)}
     save_file(_tensors(model, parts), temporary, metadata=metadata)
@@ -277,7 +282,7 @@ def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.opt
 
 
 def _resume(
-    out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer]
+    out: Path, recipe: Recipe, model: LanguageModel, parts: list[torch.optim.Optimizer]
 ) -> tuple[int, list[dict[str, Any]], float]:
     if not (out / STATE_FILE).exists():
         return 0, [], 0.0
