@@ -202,6 +202,17 @@ def test_bench_lists_what_there_is_and_runs_one(capsys, benchmarks):
     assert capsys.readouterr().out == "it ran\n"
 
 
+def test_arguments_after_the_name_reach_a_benchmark_that_takes_some(capsys, benchmarks, tmp_path):
+    body = '"""Echo."""\n\n\ndef main(arguments=()):\n    print("got", *arguments)\n'
+    (tmp_path / "benchmarks" / "echo.py").write_text(body)
+    assert cli.main(["bench", "echo", "--lengths", "8K", "--all", "-h"]) == 0
+    assert capsys.readouterr().out == "got --lengths 8K --all -h\n"
+    assert cli.main(["bench", "--all"]) == 0
+    assert capsys.readouterr().out == "got\nit ran\n"
+    assert cli.main(["bench", "nothing", "--lengths", "8K"]) == 2
+    assert "'nothing' takes no arguments, got '--lengths 8K'" in capsys.readouterr().err
+
+
 def test_cost_prints_a_table_that_names_formula_and_fit(capsys):
     arguments = ["cost", "v4-flash", "--length", "1m", "--device", "H200", "ascend 910b", "--device", "B200", "--cards", "2"]
     assert cli.main(arguments) == 0

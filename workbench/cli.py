@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -28,8 +29,12 @@ COST_COLUMNS = (15, 5, 14, 14, 21, 15, 13, 11)  # widths of the table of devices
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    kept = 2 if arguments[:1] == ["bench"] and not "".join(arguments[1:2]).startswith("-") else None
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(arguments[:kept])
+        if kept:
+            options.arguments = list(arguments[kept:])
         return options.command(options)
     except (WorkbenchError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `workbench doctor | head -1`
@@ -71,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cost = commands.add_parser("cost", help="count a published model's cache, work and fit, without running it")
     cost.add_argument("preset", metavar="PRESET", help=f"one of {', '.join(presets)}")
-    cost.add_argument("--length", required=True, type=_length, metavar="N[K|M]", help="tokens; K is 1,024 and M 1,048,576")
+    cost.add_argument("--length", required=True, type=token_count, metavar="N[K|M]", help="tokens; K is 1,024 and M 1,048,576")
     cost.add_argument("--device", nargs="+", action="extend", default=[], metavar="D", help=f"any of {', '.join(devices)}")
     cost.add_argument("--cards", type=int, default=1, metavar="N", help="devices that share the work (default %(default)s)")
     cost.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoded together (default %(default)s)")
@@ -87,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train, fresh=False)
 
     bench = commands.add_parser("bench", help="measure something on this machine; without a name, list what can be measured")
-    bench.add_argument("name", nargs="?", metavar="NAME")
+    bench.add_argument("name", nargs="?", metavar="NAME", help="what follows the name is passed on; `bench NAME --help`")
     bench.add_argument("--all", action="store_true", help="run every benchmark in turn")
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_bench, arguments=[])
 
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
     doctor.set_defaults(command=_doctor)
@@ -102,7 +107,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _length(text: str) -> int:
+def token_count(text: str) -> int:
     factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
     digits = text[:-1] if factor > 1 else text
     if not (digits.isascii() and digits.isdigit()):
@@ -155,7 +160,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(f"{out} holds something that is not a trace; give a new or an empty folder")
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "topk", "temperature", "seed", "prefetch")}
     live = wb.run(wb.load(options.model, device=options.device), prompt, **settings)
-    bar = _Progress()
+    bar = Progress()
     try:
         out.mkdir(parents=True, exist_ok=True)  # an unusable place shows now, not after the run
         while not live.wait(0.2):
@@ -264,7 +269,7 @@ def _size(number: float) -> str:
 def _train(options: argparse.Namespace) -> int:
     from workbench.training.train import train
 
-    bar = _Progress()
+    bar = Progress()
     try:
         train(options.recipe, options.out, fresh=options.fresh, progress=(lambda text, part: bar.show(part, text)))
     except KeyboardInterrupt:
@@ -278,14 +283,20 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    """Run ``main()`` of benchmarks/NAME.py, or list the names with the first line of each file."""
+    """Run ``main()`` of benchmarks/NAME.py, given the arguments after the name if it takes any, or list the names."""
     root = _checkout("benchmarks")
     files = {path.stem: path for path in sorted((root / "benchmarks").glob("[!_]*.py"))}
     if options.name and options.name not in files:
         raise InputError(f"no benchmark {options.name!r}; there are {', '.join(files) or 'none yet'}")
     sys.path.insert(0, str(root))
     for name in files if options.all else [options.name] if options.name else []:
-        importlib.import_module(f"benchmarks.{name}").main()
+        main = importlib.import_module(f"benchmarks.{name}").main
+        if inspect.signature(main).parameters:
+            main(options.arguments)
+        elif options.arguments:
+            raise InputError(f"benchmark {name!r} takes no arguments, got {' '.join(options.arguments)!r}")
+        else:
+            main()
     if not options.name and not options.all:
         for name, path in files.items():
             about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -349,7 +360,7 @@ def _check_checkpoints() -> list[tuple[str, str]]:
     return [("ok", f"checkpoint {name}, {size / 1e6:.1f} MB") for name, size in shipped.items()]
 
 
-class _Progress:
+class Progress:
     """One line on a terminal, redrawn in place; nothing in a pipe."""
 
     def __init__(self) -> None:

@@ -190,6 +190,7 @@ def decode_bytes(model: Model, length: int, storage: str = "released") -> dict[s
     read = kv_bytes(model, length, storage)
     del read["total"]
     read["tail"] = 0
+    read["engram"] = kv_bytes(model, max(0, length - 1), storage)["engram"]  # as it was left by the token before
     if isinstance(shape, HybridConfig):
         read["compressed"] = _attended(shape, length)["compressed"] * entry_bytes(shape, storage)
     elif isinstance(shape, LatentShape):

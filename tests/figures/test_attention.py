@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from PIL import Image
+from workbench.figures.query import describe, query_strip, source_probs, top_sources
 
 from tests.synthetic import synthetic_trace
 from workbench.errors import InputError
@@ -18,12 +19,8 @@ from workbench.figures.attention import (
     THUMBNAIL_BYTES,
     attention_tile,
     composite_tile,
-    describe,
     layer_thumbnails,
-    query_strip,
-    source_probs,
     thumbnails,
-    top_sources,
 )
 from workbench.trace import LayerTrace, Trace
 

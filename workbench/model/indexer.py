@@ -1,5 +1,6 @@
 """The lightning indexer of DeepSeek Sparse Attention: cheap scores that choose which compressed entries a query attends to.
 
+V3.2 attends to tokens: there an entry is a token, and its index key comes from a projection instead of a compressor.
 Letters: B batch, T queries, S compressed entries, H index heads, D index head dim, K kept entries, P entries of a candidate
 pool, N blocks of it. (reference/deepseek-v4.md, sections 2.2 and 2.3; reference/deepseek-v41.md, section 4)
 """
@@ -12,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig, SharedStreamConfig
+from workbench.config import HybridConfig, LatentConfig, SharedStreamConfig
 from workbench.errors import InputError
 from workbench.model.compressor import Compressor
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
-from workbench.model.layers import RMSNorm, Tap, rotate
+from workbench.model.layers import RMSNorm, Tap, rotate, rotate_halves
 
 SCORE_ELEMENTS = 2**22  # products held at once per query chunk and entry chunk
 
@@ -136,14 +137,18 @@ class Indexer(nn.Module):
 
     def forward(self, x: Tensor, qr: Tensor, turns: Tensor, start: int, cache: LayerCache | None) -> IndexQueries:
         """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2] -> queries, weights and all keys so far."""
-        x, qr = x.detach(), qr.detach()
-        q = rotate(self.wq_b(qr).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
-        w = self.weights_proj(x) * (self.width**-0.5 * self.heads**-0.5)
-        keys = self.compressor(x, start, cache.index_tail if cache else None)
+        q = rotate(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
+        w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
+        keys = self.remember(x, start, cache)
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
+
+    def remember(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
+        """Take the tokens x [B, T, C] in; all index keys complete after them, [B, S, D]."""
+        keys = self.compressor(x.detach(), start, cache.index_tail if cache else None)
         if cache is None or cache.index is None:
-            return self.index_tap(IndexQueries(q, w, Rows(keys)))
+            return Rows(keys)
         cache.index.append(keys)
-        return self.index_tap(IndexQueries(q, w, cache.index))
+        return cache.index
 
 
 class StreamIndexer(nn.Module):
@@ -172,3 +177,34 @@ class StreamIndexer(nn.Module):
         q = rotate(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
         return self.index_tap(IndexQueries(q, w, keys))
+
+
+class TokenIndexer(nn.Module):
+    """V3.2's indexer: one layer-normed key per token. RoPE turns the leading channels in halves, unlike the attention's.
+
+    Like V4's it learns from its own KL loss only, so its inputs are detached from the model's graph.
+    """
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.heads, self.width = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
+        self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.index_tap = Tap()
+
+    def forward(self, x: Tensor, qr: Tensor, turns: Tensor, cache: LayerCache | None) -> IndexQueries:
+        """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2] -> queries, weights and all keys so far."""
+        q = rotate_halves(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
+        w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
+        keys = self.remember(x, turns, cache)
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
+
+    def remember(self, x: Tensor, turns: Tensor, cache: LayerCache | None) -> Rows | GrowingRows:
+        """Take the tokens x [B, T, C] in; all index keys so far, [B, S, D]."""
+        keys = rotate_halves(self.k_norm(self.wk(x.detach())), turns)
+        if cache is None or cache.index is None:
+            return Rows(keys)
+        cache.index.append(keys)
+        return cache.index

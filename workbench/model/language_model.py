@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
         return self.embed.weight.device
 
     def new_cache(self, batch_size: int = 1, storage: str = "fp32") -> KVCache:
-        """An empty KV cache for sequences of this model; storage "fp32" or "bf16"."""
+        """An empty KV cache for sequences of this model; storage "fp32", "bf16" or "released", the published packed formats."""
         return KVCache(self.config, batch_size, storage, self.device)
 
     def forward(
@@ -132,6 +132,7 @@ class LanguageModel(nn.Module):
         memory = cache.engram if cache is not None else None
         lookback = memory.ids if memory else canonical[:, :0]
         if memory:
+            memory.count_read()
             joined = torch.cat([lookback, canonical], dim=1)
             memory.ids = joined[:, max(0, joined.shape[1] - memory.lookback) :].clone()
         fetches = {}

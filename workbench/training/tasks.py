@@ -157,7 +157,7 @@ class RecallStream:
             raise InputError(
                 f"sequences of {length} tokens need more text than {len(self.text)} tokens; give more or ask for less"
             )
-        return _stack([self._sequence(rng, length) for _ in range(batch_size)])
+        return stack([self._sequence(rng, length) for _ in range(batch_size)])
 
     @classmethod
     def asked_once(cls, tokenizer: Tokenizer, text_ids: np.ndarray) -> RecallStream:
@@ -211,7 +211,7 @@ class RecallStream:
         return ids, text_pairs, read, np.where(read, twin, -1)
 
 
-def _stack(rows: list[tuple[np.ndarray, ...]]) -> RecallBatch:
+def stack(rows: list[tuple[np.ndarray, ...]]) -> RecallBatch:
     return RecallBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,16 +29,16 @@ from workbench.model.attention.hybrid import Attention
 from workbench.model.engram import canonical_ids
 from workbench.model.families import model_class
 from workbench.model.language_model import LanguageModel
+from workbench.model.moe import MoE
 from workbench.recorder import selecting_attention
-from workbench.training import tasks
+from workbench.training import tally, tasks
 from workbench.training.optimiser import optimisers
 from workbench.training.recipes import Phase, Recipe, recipe_named
-from workbench.training.score import needle_hits, recall, score_model, text_loss
+from workbench.training.score import all_records, needle_hits, recall, score_model, tally_batches, tally_scores, text_loss
 
 EVALUATE_EVERY = 50  # steps; the state is saved as often, so an interrupt costs less than that
 STATE_FILE = "resume.safetensors"
 Progress = Callable[[str, float], None]
-Streams = tuple[tasks.RecallStream, tasks.RecallStream]  # many questions per key, and one
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,32 @@ class Data:
     canonical: np.ndarray
 
 
+class Streams(NamedTuple):
+    """What batches are made from: many questions per key, one question per key, and many records per key."""
+
+    many: tasks.RecallStream
+    once: tasks.RecallStream
+    tally: tally.TallyStream
+
+
 def prepare(recipe: Recipe) -> Data:
-    """Corpus, tokenizer and canonical ids; the same for every recipe on one Python version."""
+    """Corpus, tokenizer and canonical ids; the same for every recipe on one Python version.
+
+    A recipe that starts from a checkpoint takes that one's tokenizer, which another Python version would not train alike.
+    """
     train_text, _ = tasks.corpus()
-    tokenizer = tasks.train_tokenizer([train_text], recipe.vocab_size)
+    started = checkpoint.load(recipe.start_from, device="cpu").tokenizer if recipe.start_from else None
+    tokenizer = started or tasks.train_tokenizer([train_text], recipe.vocab_size)
     encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)  # noqa: E731
     return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), canonical_ids(tokenizer))
 
 
 def build(recipe: Recipe, data: Data) -> LanguageModel:
-    """The untrained model of a recipe, from its seed."""
+    """The model that training starts with: untrained, from the recipe's seed, or with the weights of ``start_from``."""
     config = recipe.config(int(data.canonical.max()) + 1)
     model = model_class(config).untrained(config, recipe.seed)
+    if recipe.start_from:
+        model.load_state_dict(checkpoint.load(recipe.start_from, device="cpu").state_dict())
     if model.config.engram:
         model.engram_canonical_ids.copy_(torch.from_numpy(data.canonical))
     model.tokenizer = data.tokenizer
@@ -96,12 +110,23 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1][where], ids[:, 1:][where])
 
 
+def make_streams(recipe: Recipe, data: Data) -> Streams:
+    """The streams of training text that a recipe mixes."""
+    return Streams(
+        tasks.RecallStream(data.tokenizer, data.train_ids, short_share=recipe.short_share),
+        tasks.RecallStream.asked_once(data.tokenizer, data.train_ids),
+        tally.TallyStream.to_learn_from(data.tokenizer, data.train_ids, recipe.short_share),
+    )
+
+
 def make_batch(recipe: Recipe, data: Data, streams: Streams, phase: Phase, step: int) -> tasks.RecallBatch:
     """The batch of a step depends on seed and step alone, so an interrupted run goes on with the same data."""
     rng = np.random.default_rng([recipe.seed, step])
     plain, once = int(recipe.plain_share * phase.batch), math.ceil(recipe.once_share * phase.batch)
-    shares = zip(streams, (phase.batch - plain - once, once), strict=True)
-    parts = [stream.batch(rng, count, phase.length) for stream, count in shares if count]
+    many_records = int(recipe.tally_share * phase.batch)
+    counts = (phase.batch - plain - once - many_records, once, many_records)
+    makers = (streams.many.batch, streams.once.batch, streams.tally.batch)
+    parts = [make(rng, count, phase.length) for make, count in zip(makers, counts, strict=True) if count]
     if plain:
         parts.append(tasks.plain_batch(rng, data.train_ids, plain, phase.length))
     columns = ("ids", "text_mask", "read_mask", "needle_position")
@@ -148,8 +173,8 @@ def routed(model: LanguageModel) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    experts = model.config.n_routed_experts
-    hooks = [b.ffn.routing_tap.register_forward_hook(note(i, experts)) for i, b in enumerate(model.blocks)]
+    mixtures = {i: block.ffn for i, block in enumerate(model.blocks) if isinstance(block.ffn, MoE)}
+    hooks = [ffn.routing_tap.register_forward_hook(note(i, len(ffn.experts.w13))) for i, ffn in mixtures.items()]
     try:
         yield loads
     finally:
@@ -160,7 +185,7 @@ def routed(model: LanguageModel) -> Iterator[dict[int, Tensor]]:
 def train_step(
     model: LanguageModel, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
 ) -> dict[str, float]:
-    """One optimiser step, attention taking in all visible entries if ``dense``; returns the parts of the loss."""
+    """One optimiser step, layers that select attending to all visible entries if ``dense``; returns the parts of the loss."""
     ids = torch.from_numpy(batch.ids)
     with selecting_attention(model) as attention, routed(model) as loads:
         logits = model(ids, topk=ids.shape[1] if dense else None)
@@ -200,10 +225,7 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     model = build(recipe, data)
     parts = optimisers(model, recipe)
     base_rates = [[group["lr"] for group in part.param_groups] for part in parts]
-    streams = (
-        tasks.RecallStream(data.tokenizer, data.train_ids, short_share=recipe.short_share),
-        tasks.RecallStream.asked_once(data.tokenizer, data.train_ids),
-    )
+    streams = make_streams(recipe, data)
     step, curve, cpu_before = (0, [], 0.0) if fresh else _resume(out, recipe, model, parts)
     cpu_start = time.process_time()
     ends = np.cumsum([phase.steps for phase in recipe.phases])
@@ -227,13 +249,16 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
         if step % EVALUATE_EVERY == 0 or step == total:
             spent = cpu_before + time.process_time() - cpu_start
             point = {"step": step, "cpu_s": round(spent, 1), "dense": dense}
-            curve.append(point | losses | quick_scores(model, data))
+            curve.append(point | losses | quick_scores(model, data) | (quick_tally(model, data) if recipe.tally_share else {}))
             _save_state(out, recipe, model, parts, {"step": step, "curve": curve, "cpu_s": spent})
     model.eval()
     model.what = "toy, trained"
     say("scoring", 1.0)
     checkpoint.save(model, out)
-    scores = score_model(checkpoint.load(out), data.heldout_ids)
+    trained = checkpoint.load(out)
+    scores = score_model(trained, data.heldout_ids)
+    if recipe.tally_share:
+        scores["tally"] = tally_scores(trained, data.heldout_ids)
     cpu = round(cpu_before + time.process_time() - cpu_start, 1)
     (out / "recipe.json").write_text(json.dumps(recipe.to_dict() | {"trained_with": circumstances(cpu)}, indent=1))
     (out / "curve.json").write_text(json.dumps(curve))
@@ -257,8 +282,21 @@ def quick_scores(model: LanguageModel, data: Data, batches: int = 4) -> dict[str
     out = {
         "recall": far["far"],
         "hit_at_2": needle_hits(model, tests, 2),
-        "hit_at_topk": needle_hits(model, tests, model.config.index_topk),
+        "hit_at_topk": needle_hits(model, tests, model.config.index_topk or 0),
         "heldout_text": text_loss(model, data.heldout_ids, windows=8, length=256),
+    }
+    model.train()
+    return out
+
+
+def quick_tally(model: LanguageModel, data: Data) -> dict[str, Any]:
+    """Answers to what was written most often, with top-k as configured and 1; all records of a key now count as needles."""
+    tests = tally_batches(model, data.heldout_ids, 8, 512)
+    model.eval()
+    out = {
+        "tally": recall(model, tests)["all"],
+        "tally_top1": recall(model, tests, topk=1)["all"],
+        "hit_at_topk": needle_hits(model, tests, model.config.index_topk, sought=all_records),
     }
     model.train()
     return out
