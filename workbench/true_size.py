@@ -182,7 +182,7 @@ class TrueSizeLayer:
     @property
     def layers(self) -> int:
         """How many layers of this kind the published model has."""
-        return self.preset.layer_kinds.count(self.kind)
+        return self.preset.layer_kinds.count(self.kind) or len(self.preset.layer_kinds)  # of plain MLA: as many as of V3.2
 
     def bytes_needed(self, length: int, *, chunk: int = CHUNK) -> int:
         """Memory that filling the cache to ``length`` tokens takes in all: weights, cache, and the work on a chunk.

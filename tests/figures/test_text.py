@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from workbench.figures.query import describe
 
 from tests.synthetic import synthetic_trace
 from workbench.errors import InputError
 from workbench.figures import style
+from workbench.figures.query import describe
 from workbench.figures.text import painted_mass, text_view
 
 TRACE = synthetic_trace(97, seed=6, needle=21)

@@ -32,8 +32,8 @@ def far_distance(model: LanguageModel) -> int:
     return config.sliding_window + 2 * config.csa_ratio if config.sliding_window else tasks.FAR
 
 
-def entries_of(config: ModelConfig, layer: int, token: np.ndarray) -> list[np.ndarray]:
-    """The entries of ``layer`` that read ``token``; overlapping CSA blocks are read twice."""
+def entries_of(config: ModelConfig, layer: int, token: Any) -> list[Any]:
+    """The entries of ``layer`` that read ``token``, a number or an array of them; a token is in two overlapping CSA blocks."""
     own = token // config.compress_ratios[layer]
     return [own, own + 1] if config.layer_kinds[layer] == "csa" else [own]
 
