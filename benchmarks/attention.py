@@ -4,15 +4,15 @@
     workbench bench attention --device cuda --dtype bf16       ours alone, on any device torch names
     workbench bench attention --quick            two rounds at an eighth of the lengths: does it run?
 
-Both read the text in chunks of 1,024 tokens, in turn, one round after another; a ratio is of medians of the rounds, theirs / ours.
-Memory is the peak of a fresh process. The record goes to ``benchmarks/results/attention-<device>-<dtype>.json``.
+Both read the text in chunks of 1,024 tokens, in turn, round after round; a ratio is of medians, theirs / ours. Memory is the
+peak of a fresh process. The record goes to ``benchmarks/results/attention-<device>-<dtype>.json``.
 
-What the gaps mean (CPU). Decoding one token is about 1,500 small operations of 1 to 3 us and 18 MB of weights: with everything
-in cache the operations are the floor, not the bytes, so fewer and larger operations close the gap (projections that read the
-same input merged into one; a captured graph on an accelerator). Prefill is matrix products of 1,024 rows by 256 columns, between
-them passes over the M streams: what keeps it below the matrix rate is those passes and the indexer's products (K = 32 is too
-short a product to run at full rate); one fused kernel for score, ReLU and weighing would remove most of it. Selecting
-is bound by a scan of the scores, gathering by rows of 256 bytes that lie apart.
+What the gaps mean (CPU). Decoding one token is about 1,100 small operations of 1 to 3 us and 18 MB of weights: with everything
+in cache the operations are the floor, not the bytes, so fewer and larger ones close the gap (projections that read the same
+input merged into one; a captured graph on an accelerator). Prefill is matrix products of 1,024 rows by 256 columns with passes
+over the M streams between them; those passes and the indexer's products (inner length 32 is too short for the full rate) keep
+it below the matrix rate, and one fused kernel for score, ReLU and weighing would remove most of that. Selecting is bound by a
+scan of the scores, gathering by rows of 256 bytes that lie apart.
 """
 
 from __future__ import annotations
@@ -292,7 +292,9 @@ def parts(ours: V4Model, context: int, measured: dict[str, Any]) -> dict[str, An
 def prefill_flops(model: V4Model, first: int) -> int:
     """Matrix products of one chunk of 1,024 tokens from position ``first`` on, those of window masks' unseen keys left out."""
     c = CONFIG
-    used = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name and "ape" not in name}
+    used = {
+        name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name and "ape" not in name
+    }
     chosen = c.num_experts_per_tok / c.n_routed_experts
     per_token = sum(2 * n * (chosen if ".experts." in name else 1) for name, n in used.items() if not name.startswith("head."))
     seen = first + CHUNK // 2  # by the middle query

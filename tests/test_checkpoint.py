@@ -435,7 +435,7 @@ def test_an_unknown_name_lists_what_ships(monkeypatch, tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_numbers(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_available_host_bytes", lambda: 1e5)
+    monkeypatch.setattr(checkpoint, "available_bytes", lambda: 1e5)
     needed = sum(tensor.nbytes for tensor in toy().state_dict().values())
     with pytest.raises(InputError, match=rf"needs {needed / 1e6:.1f} MB of memory but 0.1 MB"):
         load(folder)

@@ -18,9 +18,13 @@ ALLOWED = {
     "errors": set(),
     "config": set(),
     "presets": set(),
+    "devices": set(),
+    "sources": set(),
+    "weights": set(),
     "trace": {"numpy"},
     "cost": {"numpy"},
     "schedule": {"numpy"},
+    "measurements": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -28,6 +32,7 @@ ALLOWED = {
     "recorder": CORE,
     "live": CORE,
     "needle": CORE,
+    "true_size": CORE,
     "training": CORE,
     "figures": {"numpy", "plotly", "PIL"},
     "widgets": {"numpy", "plotly", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython"},
@@ -35,8 +40,16 @@ ALLOWED = {
 }
 # What loading a layer may pull in, through any chain of imports at the top of files.
 NEVER_LOADED = {
-    **dict.fromkeys(("", "errors", "config", "presets", "trace", "cost", "schedule", "runtime", "cli"), {"torch", "plotly"}),
-    **dict.fromkeys(("model", "checkpoint", "memory", "recorder", "live", "training"), {"plotly", "PIL", "ipywidgets"}),
+    **dict.fromkeys(
+        (
+            *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
+            *("measurements", "runtime", "cli"),
+        ),
+        {"torch", "plotly"},
+    ),
+    **dict.fromkeys(
+        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets"}
+    ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }
 

@@ -15,6 +15,7 @@ def test_the_scores_in_the_readme_are_those_stored_beside_the_checkpoints():
     scores = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(scores)
     assert f"{scores.START}\n{scores.table()}\n{scores.END}" in README, "run: python benchmarks/scores.py --write"
+    assert f"{scores.TALLY_START}\n{scores.tally_table()}\n{scores.TALLY_END}" in README
 
 
 def test_every_file_the_readme_links_to_is_there():

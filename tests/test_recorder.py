@@ -9,9 +9,10 @@ import torch
 
 from tests.slow_reference import CONFIG, ENGRAM, SlowV4, random_config, random_ids, random_model, random_pieces
 from workbench import cost
+from workbench.model.attention.hybrid import Attention
 from workbench.model.transformer import V4Model
-from workbench.recorder import Column, Recorder, pooled_rows
-from workbench.trace import FULL_ROW_TOKENS, entry_pooling
+from workbench.recorder import Column, LayerRecord, Recorder, pooled_rows
+from workbench.trace import FULL_ROW_TOKENS, ROW_VALUES, entry_pooling, row_tokens
 
 WITH_ENGRAM = replace(CONFIG, engram=ENGRAM)
 HALF = 1e-3  # probabilities are kept in float16: 2^-11 relative
@@ -317,3 +318,45 @@ def test_a_column_pads_narrow_rows_and_widens_for_wide_ones(seed):
     for mine, row in zip(got, rows, strict=True):
         np.testing.assert_array_equal(mine[:, : row.shape[1]], row)
         assert np.isnan(mine[:, row.shape[1] :]).all()
+
+
+@pytest.mark.parametrize(("ratio", "length"), [(1, 1000), (3, 1009)])
+@pytest.mark.parametrize("sizes", [1, 67, 1009])
+def test_rows_over_every_token_are_pooled_further_as_the_text_grows(monkeypatch, ratio, length, sizes):
+    """However the text was cut, every row holds the maxima that LayerTrace names for the length it has by now."""
+    monkeypatch.setattr("workbench.trace.ROW_VALUES", 2**17)  # instead of 2^24: what else takes 65,536 tokens
+    probs = np.random.default_rng(ratio).random((length, 2, length // ratio)).astype(np.float16)
+    seen = (np.arange(length) + 1) // ratio
+    probs[np.broadcast_to(np.arange(length // ratio) >= seen[:, None, None], probs.shape)] = 0
+    layer = LayerRecord(0, "gqa" if ratio == 1 else "hca", ratio)
+    for start in range(0, length, sizes):
+        part = torch.from_numpy(probs[None, start : start + sizes, :, : (start + sizes) // ratio])
+        layer.note(Attention(start, part.new_zeros(*part.shape[:3], 0), part.new_zeros(part.shape[:3]), part))
+        if start % 5 == 0:
+            layer.flush()
+        layer.settle(min(length, start + sizes))
+    trace = layer.snapshot(length)
+    assert trace.entry_pooling(length - 1) > 1 and trace.entry_probs[0, 0].size <= 2 * 2**17 // length
+    for t in range(length):
+        pooling = trace.entry_pooling(t)
+        expected = [probs[t, :, c : c + pooling].max(1) for c in range(0, seen[t], pooling)]
+        np.testing.assert_array_equal(trace.entry_probs[t, :, : len(expected)], np.array(expected).reshape(-1, 2).T)
+        assert not trace.entry_probs[t, :, len(expected) :].any()
+
+
+def test_rows_over_every_token_of_a_long_context_are_bounded_and_do_not_wait_for_the_end_of_a_step():
+    layer = LayerRecord(0, "mha", 1)
+    for start in range(0, 20_480, 2048):
+        probs = torch.full((1, 2048, 1, start + 2048), 0.5).expand(1, 2048, 3, -1)
+        layer.note(Attention(start, probs[..., :0], probs[..., 0], probs))
+        assert not layer.pending
+        layer.settle(start + 2048)
+    rows = layer.snapshot(20_480).entry_probs
+    assert rows.shape == (20_480, 3, 512) and (rows[2048:, :, 0] == 0.5).all()
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 128])
+def test_all_rows_of_a_head_together_stay_within_their_bound(ratio):
+    for length in (1, 8192, 8193, 65_536, 131_072, 1_048_576):
+        assert length * row_tokens(length, ratio) <= ROW_VALUES * ratio
+        assert row_tokens(length, ratio) == FULL_ROW_TOKENS or length > 8192 * ratio

@@ -118,3 +118,15 @@ def test_requirements_split_what_runs_from_what_tests():
     assert all(
         runtime.within(runtime.installed_version(name) or "0", bounds) for name, (bounds, tests) in found.items() if not tests
     )
+
+
+def test_free_memory_lies_within_all_memory():
+    assert 0 < runtime.available_bytes() <= (runtime.memory_bytes() or float("inf"))
+    assert (runtime.size_text(1.5e9), runtime.size_text(2e7)) == ("1.5 GB", "20.0 MB")
+
+
+def test_copy_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch):
+    now = iter(range(0, 1000, 2))  # every copy seems to take two seconds
+    monkeypatch.setattr(runtime, "COPIED_BYTES", 1000)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: float(next(now)))
+    assert runtime.copy_bandwidth() == 1000.0

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 # At once, because a module of the same name would otherwise take the place of the mapping when something imports it.
-from workbench.presets import devices as devices
+from workbench.devices import devices as devices
 from workbench.presets import presets as presets
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ _HOME = {
     "kv_bytes_per_token": "cost",
     "decode_bytes": "cost",
     "decode_flops": "cost",
+    "true_size_layer": "true_size",
     "hide_needle": "needle",
     "find_needle": "needle",
     "needle_rates": "needle",
@@ -34,7 +35,7 @@ _HOME = {
     "NeedleAnswer": "widgets.needle",
     "NeedleRates": "widgets.needle",
     "needle_chart": "figures.needle",
-    "query_strip": "figures.attention",
+    "query_strip": "figures.query",
     "attention_tile": "figures.attention",
     "AttentionExplorer": "widgets.attention",
     "KVCacheGrowth": "widgets.memory",

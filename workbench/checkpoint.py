@@ -1,7 +1,8 @@
 """Model folders in the Hugging Face layout, in and out: config.json, safetensors weights, an optional tokenizer.json.
 
-Weights may carry the names of the release, of a live ``transformers`` state dict, or the mixture that ``transformers`` 5.23
-writes; FP8 and FP4 weights are dequantised on the way in. Only safetensors is read: a pickle can run code, so none is opened.
+V4's weights may carry the names of the release, of a live ``transformers`` state dict, or the mixture that ``transformers``
+5.23 writes; V3.2 and llama were released with the names that ``transformers`` uses, and are saved with them. FP8 and FP4
+weights are dequantised on the way in. Only safetensors is read: a pickle can run code, so none is opened.
 (names: reference/deepseek-v4.md, section 1.4; formats: section 0)
 """
 
@@ -20,15 +21,15 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.config import read_config
 from workbench.errors import InputError
-from workbench.model.engram import check_canonical_ids
+from workbench.model.engram import canonical_ids, check_canonical_ids
 from workbench.model.families import model_class
 from workbench.model.language_model import LanguageModel
 from workbench.model.quant import dequantise_fp4, dequantise_fp8_blocks
-from workbench.runtime import memory_bytes, pick_device
+from workbench.runtime import available_bytes, pick_device, size_text
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
@@ -38,11 +39,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # dtypes as safetensors headers spell them
 FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "I16", "I8", "U8"}
 FP8, FP4, PACKED_FP4 = "F8_E4M3", "F4", {"I8", "U8"}
+CANONICAL = "engram_canonical_ids"
+TABLE_BLOCK = (1, 32)  # an Engram row in FP8 brings a scale for each 32 of its channels
 
 # Float32 in the release, and here whatever the model computes in. Norms are small too, so `save` spares them its rounding.
 _FLOAT32 = re.compile(r"(^|\.)hc_|\.ape$|\.attn_sink$|\.gate\.bias$")
 _STORED_FLOAT32 = re.compile(_FLOAT32.pattern + "|norm")
-_IGNORED = re.compile(r"^mtp\.|(^|\.)rotary_emb\.|inv_freq$")  # multi-token prediction; tables we compute ourselves
+# Multi-token prediction and drafting; what V4.1 sees images with; tables we compute ourselves.
+_IGNORED = re.compile(r"^mtp\.|^(vision|aligner)\.|^image_|\.bias_vl$|(^|\.)rotary_emb\.|inv_freq$")
+_TRANSPOSED = re.compile(r"\.experts\.(gate_and_up|down)_projs$")  # stacked for x @ W, in V4.1's other implementation
+_TABLE = re.compile(r"\.engram\.embed\.weight$")
 _EXPERTS = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(w13|w2)$")
 # From any spelling (our modules' too) to the released one, in order; each rule leaves released names as they are.
 _RENAMES = tuple(
@@ -56,7 +62,7 @@ _RENAMES = tuple(
         (r"\.post_attention_layernorm\.", ".ffn_norm."),
         (r"\.(attn|ffn)_hc\.", r".hc_\1."),
         (r"\bhc_(attn|ffn|head)\.(?:hc_)?(fn|base|scale)$", r"hc_\1_\2"),
-        (r"\.sinks$", ".attn_sink"),
+        (r"\.sinks(_param\.weight)?$", ".attn_sink"),
         (r"\.position_bias$", ".ape"),
         (r"\.compressor\.indexer\.", ".indexer."),
         (r"\.indexer\.scorer\.", ".indexer."),
@@ -68,13 +74,40 @@ _RENAMES = tuple(
         (r"\.kv_proj\.", ".wkv."),
         (r"\.([qo])_([ab])_proj\.", r".w\1_\2."),
         (r"\.e_score_correction_bias$", ".bias"),
-        (r"\.experts\.gate_up_proj$", ".experts.w13"),
-        (r"\.experts\.down_proj$", ".experts.w2"),
+        (r"\.experts\.(gate_up_proj|gate_and_up_projs)$", ".experts.w13"),
+        (r"\.experts\.down_projs?$", ".experts.w2"),
         (r"(experts(?:\.\d+)?)\.gate_proj\.", r"\1.w1."),
         (r"(experts(?:\.\d+)?)\.down_proj\.", r"\1.w2."),
         (r"(experts(?:\.\d+)?)\.up_proj\.", r"\1.w3."),
     )
 )
+# V3.2 and llama: (released = transformers, ours), replaced in this order on the way in and in reverse on the way out.
+_HF_NAMES = (
+    ("embed_tokens.", "embed."),
+    ("lm_head.", "head."),
+    (".self_attn.", ".attn."),
+    (".mlp.", ".ffn."),
+    (".input_layernorm.", ".attn_norm."),
+    (".post_attention_layernorm.", ".ffn_norm."),
+    (".gate.e_score_correction_bias", ".gate.bias"),
+    (".experts.gate_up_proj", ".experts.w13"),
+    (".experts.down_proj", ".experts.w2"),
+    (".gate_proj.", ".w1."),
+    (".down_proj.", ".w2."),
+    (".up_proj.", ".w3."),
+    (".o_proj.", ".wo."),
+)
+_DENSE_NAMES = (*_HF_NAMES, (".q_proj.", ".wq."), (".k_proj.", ".wk."), (".v_proj.", ".wv."))
+_LATENT_NAMES = (
+    *_HF_NAMES,
+    (".attn.q_a_proj.", ".attn.wq_a."),
+    (".attn.q_a_layernorm.", ".attn.q_norm."),
+    (".attn.q_b_proj.", ".attn.wq_b."),
+    (".attn.kv_a_proj_with_mqa.", ".attn.wkv_a."),
+    (".attn.kv_a_layernorm.", ".attn.kv_norm."),
+    (".attn.kv_b_proj.", ".attn.wkv_b."),
+)
+_NAMES_OF_FAMILY = {"llama": _DENSE_NAMES, "deepseek_v32": _LATENT_NAMES}
 
 
 def shipped_names() -> list[str]:
@@ -96,7 +129,8 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
     settings = _read_json(folder / CONFIG_FILE)
     config = read_config(settings)
     with ExitStack() as stack:
-        weights = _Weights(folder, stack)
+        weights = _Weights(folder, stack, config.model_type)
+        weights.leave_out_layers_from(config.num_hidden_layers, settings.get("num_nextn_predict_layers"))
         if config.num_hidden_layers > len(weights.stored):  # before building anything of the size a config claims
             raise InputError(
                 f"{folder} has {len(weights.stored)} tensors for {config.num_hidden_layers} layers; is a shard missing?"
@@ -108,15 +142,23 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
             raise InputError(f"{folder / CONFIG_FILE} describes no model that can be built: {error}") from None
         if settings.get("tie_word_embeddings"):
             weights.tie_head()
+        tokenizer = _read_tokenizer(folder, config.vocab_size)
+        derived = None
+        if tokenizer and CANONICAL in expected and CANONICAL not in weights.stored:  # a release leaves them to its tokenizer
+            derived = torch.from_numpy(canonical_ids(tokenizer))
+            expected.pop(CANONICAL)
         weights.check(expected)
         _check_memory(expected, where, dtype)
         model = model_class(config)(config)
         if dtype is not torch.float32:
-            _convert(model, dtype)
-        weights.fill(model.state_dict(), _fp8_block(settings))
+            convert(model, dtype)
+        targets = model.state_dict()
+        if derived is not None:
+            targets.pop(CANONICAL).zero_()[: len(derived)] = derived
+        weights.fill(targets, _fp8_block(settings))
     _check_tables(model)
     model.name, model.what = folder.resolve().name, "toy, trained" if folder.parent == ASSETS else "weights from a folder"
-    model.tokenizer = _read_tokenizer(folder, config.vocab_size)
+    model.tokenizer = tokenizer
     return model.to(where).eval()
 
 
@@ -129,9 +171,9 @@ def save(
 ) -> Path:
     """Write the model as a folder that ``load`` reads, and return it.
 
-    Names are the released ones, one tensor per expert. Matrices are stored in ``dtype``, tables of integers as they are, small
-    terms in float32. ``extra`` maps further file names to text, or to a dict written as JSON. All files are complete before
-    the first one gets its final name.
+    Names are those of the family's release, one tensor per expert. Matrices are stored in ``dtype``, tables of integers as they
+    are, small terms in float32. ``extra`` maps further file names to text, or to a dict written as JSON. All files are complete
+    before the first one gets its final name.
     Raises InputError if a value is not finite in ``dtype``, or an extra file's name is not plain or already used.
     """
     folder, extra = Path(folder), extra or {}
@@ -144,7 +186,8 @@ def save(
     tensors = {}
     for name, tensor in model.state_dict().items():
         stored = torch.float32 if _STORED_FLOAT32.search(name) else dtype
-        for piece, part in _pieces(name, tensor).items():
+        for canonical, part in _pieces(name, tensor, model.config.model_type).items():
+            piece = saved_name(canonical, model.config.model_type)
             copy = part.to("cpu", stored if part.is_floating_point() else part.dtype, copy=True).contiguous()
             if not copy.isfinite().all():
                 raise InputError(f"tensor {piece!r} has values that are not finite in {stored}; choose another dtype")
@@ -164,24 +207,38 @@ def save(
     return folder
 
 
-def released_name(name: str) -> str | None:
+def released_name(name: str, family: str = "deepseek_v4") -> str | None:
     """A weight's name as DeepSeek releases it, from any of the three spellings; None for weights this model does not use.
 
-    Stacked experts, which only ``transformers`` has, become ``layers.N.ffn.experts.w13`` and ``.w2`` as in our own model.
+    Stacked experts, which only ``transformers`` has, become ``layers.N.ffn.experts.w13`` and ``.w2`` as in our own model. For
+    families released with the names of ``transformers`` it is the name in our model; ``saved_name`` leads back.
     """
     name = name.removeprefix("model.")
     if _IGNORED.search(name):
         return None
-    if ".engram." in name:  # ours: never renamed
+    if family in _NAMES_OF_FAMILY:
+        for theirs, ours in _NAMES_OF_FAMILY[family]:
+            name = name.replace(theirs, ours)
         return name
+    if ".engram." in name:
+        return name.replace(".engram.table.", ".engram.embed.")  # V4 has no Engram, so all of it goes by V4.1's names
     for pattern, released in _RENAMES:
         name = pattern.sub(released, name)
     return name
 
 
+def saved_name(name: str, family: str) -> str:
+    """The name that ``save`` gives a tensor: as the family's release has it."""
+    if family not in _NAMES_OF_FAMILY:
+        return name
+    for theirs, ours in reversed(_NAMES_OF_FAMILY[family]):
+        name = name.replace(ours, theirs)
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """One tensor in a file, not yet read; ``shape`` as its header has it."""
+    """One tensor in a file, not yet read; ``shape`` as the model has it, should the file hold it the other way round."""
 
     file: Any  # an open safetensors file
     name: str
@@ -189,31 +246,42 @@ class _Stored:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+        values = self.file.get_tensor(self.name)
+        return values.mT if _TRANSPOSED.search(self.name) else values
 
 
 class _Weights:
     """The tensors of a folder by released name: headers first, contents one tensor at a time."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, stack: ExitStack, family: str) -> None:
+        self.folder, self.family = folder, family
         self.stored: dict[str, _Stored] = {}
         self.scales: dict[str, _Stored] = {}  # by the name of the tensor they scale
         for path in _weight_files(folder):
             file = stack.enter_context(_open(path))
             for raw in file.keys():  # noqa: SIM118 - not a dict
                 header = file.get_slice(raw)
-                self._add(_Stored(file, raw, header.get_dtype(), tuple(header.get_shape())))
+                shape = tuple(header.get_shape())
+                if _TRANSPOSED.search(raw):
+                    shape = (*shape[:-2], *reversed(shape[-2:]))
+                self._add(_Stored(file, raw, header.get_dtype(), shape))
 
     def _add(self, entry: _Stored) -> None:
         scaled = _scaled_name(entry.name)
-        name = released_name(scaled or entry.name)
+        name = released_name(scaled or entry.name, self.family)
         if name is None:
             return
         group = self.scales if scaled else self.stored
         if name in group:
             raise InputError(f"{self.folder} holds {name!r} twice, once as {group[name].name!r} and once as {entry.name!r}")
         group[name] = entry
+
+    def leave_out_layers_from(self, layers: int, more: int | None) -> None:
+        """Forget the ``more`` layers after the last one, which the release of V3.2 adds for multi-token prediction."""
+        prefixes = tuple(f"layers.{layers + i}." for i in range(more or 0))
+        for group in (self.stored, self.scales) if prefixes else ():
+            for name in [name for name in group if name.startswith(prefixes)]:
+                del group[name]
 
     def tie_head(self) -> None:
         """Let the embedding serve as the head where no head is stored."""
@@ -247,7 +315,7 @@ class _Weights:
             try:
                 values = entry.read()
                 if scale and entry.dtype == FP8:
-                    values = dequantise_fp8_blocks(values, scale.read(), fp8_block)
+                    values = dequantise_fp8_blocks(values, scale.read(), TABLE_BLOCK if _TABLE.search(name) else fp8_block)
                 elif scale:
                     values = dequantise_fp4(values, scale.read())
             except (InputError, SafetensorError) as error:
@@ -260,7 +328,7 @@ class _Weights:
         """The model's tensors under the names this folder uses: experts one by one, unless it has them stacked."""
         wanted: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            wanted |= {name: tensor} if name in self.stored else _pieces(name, tensor)
+            wanted |= {name: tensor} if name in self.stored else _pieces(name, tensor, self.family)
         return wanted
 
     def _misfit(self, name: str, target: Tensor) -> str:
@@ -277,11 +345,11 @@ class _Weights:
         return ""
 
 
-def _pieces(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _pieces(name: str, tensor: Tensor, family: str) -> dict[str, Tensor]:
     """Views of one of our tensors under its released names: itself, or every expert's matrices."""
     match = _EXPERTS.match(name)
     if not match:
-        return {released_name(name) or name: tensor}
+        return {released_name(name, family) or name: tensor}
     experts, kind = match.groups()
     views: dict[str, Tensor] = {}
     for number, expert in enumerate(tensor):
@@ -401,7 +469,7 @@ def _check_tables(model: LanguageModel) -> None:
         check_canonical_ids(model.get_buffer("engram_canonical_ids"), model.config.engram)
 
 
-def _convert(model: LanguageModel, dtype: torch.dtype) -> None:
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Compute in ``dtype``, in place; below float32 the sensitive terms keep their precision."""
     for name, parameter in model.named_parameters():
         if dtype is torch.float64 or not _FLOAT32.search(name):
@@ -413,27 +481,13 @@ def _convert(model: LanguageModel, dtype: torch.dtype) -> None:
 def _check_memory(expected: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
     """Raises InputError, with both numbers, if the model cannot fit where it is built (float32, host) or where it will run."""
     built = sum(tensor.nbytes for tensor in expected.values()) * max(1, dtype.itemsize // 4)
-    needs = [("memory", built, _available_host_bytes())]
+    needs = [("memory", built, available_bytes())]
     if device.type == "cuda":  # Engram tables stay on the host
         moved = sum(tensor.numel() for name, tensor in expected.items() if ".engram.table." not in name) * dtype.itemsize
-        needs.append((f"memory on {device}", moved, torch.cuda.mem_get_info(device)[0]))
+        needs.append((f"memory on {device}", moved, available_bytes(device)))
     for place, needed, available in needs:
         if needed > available:
-            raise InputError(f"the model needs {_size(needed)} of {place} but {_size(available)} are free")
-
-
-def _available_host_bytes() -> float:
-    """Bytes of memory that may still be used, as far as the system says."""
-    limit = memory_bytes() or float("inf")
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return min(limit, next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration):
-        return limit
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+            raise InputError(f"the model needs {size_text(needed)} of {place} but {size_text(available)} are free")
 
 
 def _is_plain(name: str) -> bool:

@@ -94,6 +94,8 @@ class LiveRun:
             raise InputError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")
         if topk is not None and (not isinstance(topk, int) or topk < 1):
             raise InputError(f"topk must be a positive integer or None for the model's own, got {topk!r}")
+        if topk is not None and not model.config.index_topk:
+            raise InputError(f"{model.name} attends to every token, so there is no topk to set; leave it out")
         if prefetch not in POLICIES:
             raise InputError(f"prefetch policy {prefetch!r} is unknown; choose one of {POLICIES}")
         self.model = model
@@ -106,7 +108,14 @@ class LiveRun:
         self._max_new = min(max_new_tokens, self._room)
         self._settings = {"topk": topk, "prefetch": prefetch}
         self._temperature, self._generator = temperature, torch.Generator().manual_seed(seed)
-        self._notes = {"topk": topk or model.config.index_topk, "prefetch": prefetch, "seed": seed, "temperature": temperature}
+        self._guess_count = min(GUESSES, model.config.vocab_size)
+        self._notes = {
+            "topk": topk or model.config.index_topk or None,  # None: the model attends to everything
+            "prefetch": prefetch,
+            "seed": seed,
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+        }
         self._device = device_name(str(model.device))
         self._recorder = Recorder(model) if record else None
         self._fed = 0
@@ -163,8 +172,8 @@ class LiveRun:
             token_ids=np.asarray(self._ids[:length], np.int32),
             token_texts=texts,
             prompt_length=min(self._prompt_length, length),
-            top_ids=np.array([g[0] for g in guesses], np.int32).reshape(-1, GUESSES),
-            top_probs=np.array([g[1] for g in guesses], np.float32).reshape(-1, GUESSES),
+            top_ids=np.array([g[0] for g in guesses], np.int32).reshape(-1, self._guess_count),
+            top_probs=np.array([g[1] for g in guesses], np.float32).reshape(-1, self._guess_count),
             next_ids=np.array([g[2] for g in guesses], np.int32),
             notes=dict(self._notes),
             **fields,
@@ -266,7 +275,7 @@ class LiveRun:
                 tokens = chunk.shape[1]
                 last = self._fed + tokens >= self._prompt_length
                 chosen = self._choose(logits) if last and len(self._ids) < self._prompt_length + self._max_new else -1
-                probs, ids = torch.softmax(logits, -1).topk(GUESSES)
+                probs, ids = torch.softmax(logits, -1).topk(self._guess_count)
                 self._guesses.append((ids.cpu().numpy(), probs.cpu().numpy(), chosen))
                 if self._recorder:
                     self._recorder.finish_step(tokens, cache)
@@ -297,7 +306,7 @@ def run(
 ) -> LiveRun:
     """Start generating in the background and return the LiveRun at once.
 
-    ``temperature`` 0 is greedy; ``topk`` keeps another number of CSA entries than the model's; ``prefetch`` says when Engram
+    ``temperature`` 0 is greedy; ``topk`` keeps another number of entries than the model's; ``prefetch`` says when Engram
     rows are fetched; ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
     """
     return LiveRun(

@@ -19,7 +19,7 @@ from workbench.errors import InputError
 from workbench.live import encode
 from workbench.model.language_model import LanguageModel
 from workbench.runtime import device_name, threads_for_run, use_threads
-from workbench.trace import LayerTrace, Trace
+from workbench.trace import LayerTrace, Trace, entries_of
 from workbench.training import score, tasks
 
 MAX_TOKENS = 4096
@@ -38,12 +38,13 @@ class Needle:
     value: str
     value_ids: tuple[int, ...]  # the tokens a right answer has
     queries: tuple[int, ...]  # tokens of the question that may look the value up: its end, and the key in it
+    depth: float  # where it was asked to be hidden, 0 start to 1 end
 
     @property
     def notes(self) -> dict[str, Any]:
         """What a trace remembers of it."""
         told = {"position": self.position, "key": self.key, "value": self.value, "value_ids": list(self.value_ids)}
-        return {"needle": told | {"queries": list(self.queries)}}
+        return {"needle": told | {"queries": list(self.queries), "depth": self.depth}}
 
 
 def sample_text() -> str:
@@ -90,7 +91,8 @@ def hide_needle(
     ids = (*filler[:cut], *record, *filler[cut:], *asked)
     upto_key = encode(model, question[: question.index("{key}")] + key) if "{key}" in question else asked
     end, named = len(ids) - 1, len(ids) - len(asked) + len(upto_key) - 1  # the question's last token, and its key's
-    return Needle(ids, cut + holds[0], key, value, tuple(record[i] for i in holds), tuple(sorted({end, named}, reverse=True)))
+    queries = tuple(sorted({end, named}, reverse=True))
+    return Needle(ids, cut + holds[0], key, value, tuple(record[i] for i in holds), queries, depth)
 
 
 def _word_start(model: LanguageModel, ids: list[int], at: int) -> int:
@@ -102,14 +104,15 @@ def _word_start(model: LanguageModel, ids: list[int], at: int) -> int:
 
 
 def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
-    """How a finished or running trace answered: the answer, and per CSA layer whether the needle's entry was kept, and why.
+    """How a finished or running trace answered: the answer, and per layer that selects whether the needle was kept, and why.
 
-    The value may be looked up at the question's end or as soon as the key is named: ``query`` is the token, of these two, whose
-    indexer ranked the needle higher (of equal ranks, the one that attends to it more), layer by layer; ``best_layer`` and
-    ``best_query`` the highest of all. A value's first token lies in entry b and, because blocks overlap, also in b + 1: either
-    counts. ``rank`` counts from 1 among all visible entries by index score, None while the needle is too near to be in a
-    finished entry; ``chance`` is the probability that as many random entries contain one of the two, for at least one of the
-    two queries. InputError for a trace without a needle.
+    ``selects`` is False for models that attend to every token, which have no such ``layers``. The value may be looked up at the
+    question's end or as soon as the key is named: ``query`` is the token, of these two, whose indexer ranked the needle higher
+    (of equal ranks, the one that attends to it more), layer by layer; ``best_layer`` and ``best_query`` the highest of all. Any
+    entry that a value's first token goes into counts: one, or two where CSA's blocks overlap. ``rank`` counts from 1 among all
+    visible entries by index score (in V4.1's reusing layers that of the layer that chose), None while the needle is too near to
+    be in a finished entry; ``chance`` is the probability that as many random entries contain one of them, for at least one of
+    the two queries. InputError for a trace without a needle.
     """
     notes = trace.notes.get("needle") if needle is None else needle.notes["needle"]
     if not isinstance(notes, dict) or not {"position", "value", "value_ids", "queries"} <= notes.keys():
@@ -117,9 +120,10 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     asked = trace.prompt_length - 1
     layers: list[dict[str, Any]] = []
     for layer in trace.layers:
-        if layer.kind != "csa" or trace.length <= asked or layer.selected is None:
+        chooser = trace.chooser(layer.layer)
+        if chooser is None or trace.length <= asked:
             continue
-        looks = [_look(layer, int(t), int(notes["position"])) for t in notes["queries"]]
+        looks = [_look(layer, chooser, int(t), int(notes["position"])) for t in notes["queries"]]
         best_look = min(looks, key=_order)
         layers.append(best_look | {"chance": 1 - math.prod(1 - look["chance"] for look in looks)})
     ranked = [layer for layer in layers if layer["rank"] is not None]
@@ -129,6 +133,7 @@ def find_needle(trace: Trace, needle: Needle | None = None) -> dict[str, Any]:
     chosen = [int(i) for i in trace.next_ids[step:] if i >= 0][: len(expected)]
     answer = "".join(trace.token_texts[asked + 1 : asked + 1 + len(chosen)]).strip() if chosen else None
     return {"expected": notes["value"], "answer": answer, "right": chosen == expected} | {
+        "selects": any(layer.selects for layer in trace.layers),
         "best_layer": best["layer"],
         "best_query": best["query"],
         "layers": layers,
@@ -140,12 +145,11 @@ def _order(look: dict[str, Any]) -> tuple[float, float]:
     return (math.inf if look["rank"] is None else look["rank"], -look["best_head_probability"])
 
 
-def _look(layer: LayerTrace, query: int, position: int) -> dict[str, Any]:
-    """What one query of a CSA layer made of the needle whose value stands at ``position``."""
+def _look(layer: LayerTrace, chooser: LayerTrace, query: int, position: int) -> dict[str, Any]:
+    """What one query of a layer, and the indexer that chose for it, made of the needle whose value stands at ``position``."""
     assert layer.selected is not None and layer.selected_probs is not None
-    scores, kept = layer.index_scores(query), layer.selected[query]
-    block = position // layer.ratio
-    right = [e for e in (block, block + 1) if e < len(scores)]
+    scores, kept = chooser.index_scores(query), layer.selected[query]
+    right = [e for e in layer.entries_of(position) if e < len(scores)]
     columns = np.flatnonzero(np.isin(kept, right)).tolist()
     heads = layer.selected_probs[query].astype(np.float32)  # [H, K]
     return {
@@ -170,9 +174,10 @@ def chance(visible: int, kept: int, right: int = 2) -> float:
 def needle_rates(model: LanguageModel, topk: int | None = None, *, sequences: int = 12, seed: int = 7) -> dict[str, Any]:
     """Far recall and the indexers' hit rates on ``sequences`` held-out streams of 256 tokens, chance beside them.
 
-    Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``hits`` has one rate for each CSA
-    layer and each query that may look a value up, the key ("1 key") and the question's end ("1 end"); ``hit_chance`` is that of
-    any one of them. ``questions`` says how many there were. Raises InputError for a model without a tokenizer.
+    Far: the value lies beyond the sliding window, so only compressed entries can carry it. ``hits`` has one rate for each layer
+    that chooses and each query that may look a value up, the key ("1 key") and the question's end ("1 end"); ``hit_chance`` is
+    that of any one of them. A model that attends to every token has neither: ``topk`` and ``hit_chance`` are None, ``hits`` is
+    empty. ``questions`` says how many there were. Raises InputError for a model without a tokenizer or without the topk given.
     """
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer, so no needle can be written for it; load a shipped model")
@@ -180,16 +185,16 @@ def needle_rates(model: LanguageModel, topk: int | None = None, *, sequences: in
     held = np.asarray(encode(model, sample_text()))
     stream = tasks.RecallStream.asked_once(model.tokenizer, held)
     batches = [stream.batch(np.random.default_rng(seed), sequences, STREAM_TOKENS)]
-    k = topk or model.config.index_topk
-    answers, hits = score.recall(model, batches, topk=k), score.needle_hits(model, batches, k, topk=k)
+    k = _topk(model, topk)
+    answers = score.recall(model, batches, topk=k)
     return {
         "model": _label(model),
         "topk": k,
         "questions": answers["questions"],
         "recall": answers["far"],
         "recall_chance": 1 / len(tasks.VALUES),
-        "hits": hits,
-        "hit_chance": score.chance_hits(model, batches, k),
+        "hits": score.needle_hits(model, batches, k, topk=k) if k else {},
+        "hit_chance": score.chance_hits(model, batches, k) if k else None,
     }
 
 
@@ -219,26 +224,29 @@ def needle_trials(
         )
     use_threads(threads_for_run())
     rng, text = np.random.default_rng(seed), sample_text()
-    k = topk or model.config.index_topk
-    right, luck = 0, []
-    csa = [layer for layer, kind in enumerate(model.config.layer_kinds) if kind == "csa"]
-    hits = {f"{layer} {query}": 0 for layer in csa for query in ("key", "end")}
+    k = _topk(model, topk)
+    kinds, ratios = model.config.layer_kinds, model.config.compress_ratios
+    right = 0
+    luck: list[float] = []
+    hits: dict[str, int] = {}
     for trial in range(trials):
         start, key = int(rng.integers(len(text) - 8 * tokens)), str(rng.choice(np.array(keys)))
         value = str(int(10 ** (digits - 1) + rng.random() * 9 * 10 ** (digits - 1)))
         depth = (trial + 0.5) / trials * (1 - 2 * far / tokens)
         passage = text[start : start + 8 * tokens]
         needle = hide_needle(model, passage, key, value, depth, tokens, sentence=sentence, question=question)
-        asked, block = len(needle.ids) - 1, needle.position // model.config.csa_ratio
+        asked = len(needle.ids) - 1
         line = torch.tensor([[*needle.ids, *needle.value_ids]])
         with torch.inference_mode():
             guesses = model(line.to(model.device), topk=k)[0].argmax(-1).cpu()
         right += guesses[asked:-1].tolist() == list(needle.value_ids)
-        for layer, entries in score.selected_entries(model, line[:, : asked + 1], k).items():
+        for layer, entries in score.selected_entries(model, line[:, : asked + 1], k).items() if k else ():
+            wanted = entries_of(kinds[layer], ratios[layer], needle.position)
             for query, t in (("key", needle.queries[-1]), ("end", asked)):
-                hits[f"{layer} {query}"] += bool({block, block + 1} & set(entries[0, t].tolist()))
-        visible = (asked + 1) // model.config.csa_ratio
-        luck.append(chance(visible, min(k, visible)))
+                look = f"{layer} {query}"
+                hits[look] = hits.get(look, 0) + bool(set(wanted) & set(entries[0, t].tolist()))
+            visible = (asked + 1) // ratios[layer]
+            luck.append(chance(visible, min(k, visible), len(wanted)))
     return {
         "model": _label(model),
         "topk": k,
@@ -246,8 +254,16 @@ def needle_trials(
         "recall": right / trials,
         "recall_chance": 1 / (9 * 10 ** (digits - 1)),
         "hits": {name: count / trials for name, count in hits.items()},
-        "hit_chance": float(np.mean(luck)),
+        "hit_chance": float(np.mean(luck)) if luck else None,
     }
+
+
+def _topk(model: LanguageModel, topk: int | None) -> int | None:
+    """Entries kept: as asked for, else the model's own number; None for a model that attends to everything."""
+    own = model.config.index_topk or None
+    if topk is not None and own is None:
+        raise InputError(f"{model.name} attends to every token, so there is no topk to set; leave it out")
+    return topk or own
 
 
 def untrained_twin(model: LanguageModel, seed: int = 0) -> LanguageModel:

@@ -35,9 +35,11 @@ from workbench.trace import (
     Span,
     Timeline,
     entry_pooling,
+    row_tokens,
 )
 
 PENDING_STEPS = 64  # decoded tokens whose tensors wait to be turned into arrays together
+PENDING_VALUES = 2**20  # of one record; rows over all of a longer context do not wait
 
 
 class Column:
@@ -49,12 +51,12 @@ class Column:
 
     def append(self, rows: np.ndarray) -> None:
         if self._array is None:
-            self._array = np.full((max(64, len(rows)), *rows.shape[1:]), self.fill, self.dtype)
+            self._array = _filled((max(64, len(rows)), *rows.shape[1:]), self.fill, self.dtype)
         needed, width = self.length + len(rows), max(self._array.shape[-1], rows.shape[-1]) if rows.ndim > 1 else 0
         if needed > len(self._array) or (rows.ndim > 1 and width > self._array.shape[-1]):
             capacity = len(self._array) if needed <= len(self._array) else max(needed, 2 * len(self._array))
             shape = (capacity, *rows.shape[1:-1], width) if rows.ndim > 1 else (capacity,)
-            grown = np.full(shape, self.fill, self.dtype)
+            grown = _filled(shape, self.fill, self.dtype)
             held = self._array[: self.length]
             grown[(slice(0, self.length), *(slice(0, n) for n in held.shape[1:]))] = held
             self._array = grown
@@ -66,6 +68,11 @@ class Column:
         if self._array is None:
             return np.zeros((0,), self.dtype)
         return self._array[: self.length]
+
+
+def _filled(shape: tuple[int, ...], fill: float, dtype: type) -> np.ndarray:
+    """Room that takes no memory until it is written to, where it holds zeros."""
+    return np.full(shape, fill, dtype) if fill else np.zeros(shape, dtype)
 
 
 _COLUMNS: dict[str, tuple[type, float]] = {
@@ -87,9 +94,15 @@ class LayerRecord:
 
     def __init__(self, layer: int, kind: str, ratio: int) -> None:
         self.layer, self.kind, self.ratio = layer, kind, ratio
+        self.row_tokens = FULL_ROW_TOKENS  # the width that rows over all entries are pooled to; less as the text gets long
         self.columns = {name: Column(*how) for name, how in _COLUMNS.items()}
         self.pending: list[Attention | IndexQueries] = []
         self.index_keys: Rows | GrowingRows | None = None
+
+    def note(self, record: Attention | IndexQueries) -> None:
+        self.pending.append(record)
+        if self.kind in ATTENDING_TO_ALL and isinstance(record, Attention) and record.entry_probs.numel() > PENDING_VALUES:
+            self.flush()  # rows over a long context are pooled at once: waiting for the step's end would take gigabytes
 
     def flush(self) -> None:
         pending, self.pending = self.pending, []
@@ -102,7 +115,7 @@ class LayerRecord:
                 self._append_selection(run)
             elif self.kind in ATTENDING_TO_ALL:
                 for a in run:
-                    self.columns["entry_probs"].append(pooled_rows(a.entry_probs[0], a.start, self.ratio))
+                    self.columns["entry_probs"].append(pooled_rows(a.entry_probs[0], a.start, self.ratio, self.row_tokens))
         for queries in index:
             self._append("index_queries", [queries.q])
             self._append("index_weights", [queries.w])
@@ -119,11 +132,20 @@ class LayerRecord:
         self._append("selected", [a.selection.entries for a in run if a.selection])
         self._append("selected_scores", [_finite(a.selection.scores) for a in run if a.selection])
         self._append("selected_probs", [a.entry_probs for a in run])
-        self._append("runner_up", [_first(a.runner_up.entries, -1) for a in run if a.runner_up])
-        self._append("runner_up_scores", [_first(_finite(a.runner_up.scores), np.nan) for a in run if a.runner_up])
+        rows = [(a.runner_up, a.sink_probs[..., 0]) for a in run]  # a layer that reuses a choice has no runner-up of its own
+        entries = [_first(r.entries, -1) if r else torch.full_like(like, -1) for r, like in rows]
+        scores = [_first(_finite(r.scores), np.nan) if r else torch.full_like(like, np.nan) for r, like in rows]
+        self._append("runner_up", entries)
+        self._append("runner_up_scores", scores)
 
     def _append(self, name: str, tensors: list[Tensor]) -> None:
         self.columns[name].append(torch.cat([t[0] for t in tensors]).float().cpu().numpy())
+
+    def settle(self, length: int) -> None:
+        """Pool the rows further if ``length`` finished tokens ask for it."""
+        while self.kind in ATTENDING_TO_ALL and self.row_tokens > row_tokens(length, self.ratio):
+            self.row_tokens //= 2
+            self.columns["entry_probs"] = pooled_further(self.columns["entry_probs"], self.row_tokens, self.ratio)
 
     def snapshot(self, length: int) -> LayerTrace:
         self.flush()
@@ -162,20 +184,34 @@ def _first(values: Tensor, missing: float) -> Tensor:
     return values[..., 0] if values.shape[-1] else values.new_full(values.shape[:-1], missing)
 
 
-def pooled_rows(probs: Tensor, start: int, ratio: int) -> np.ndarray:
-    """Probabilities over all entries [T, H, S] -> at most 2,048 tokens' worth of columns, max-pooled as LayerTrace says."""
-    columns = -(-FULL_ROW_TOKENS // ratio)  # rounded up: a ratio that does not divide leaves a last, narrower column
+def pooled_rows(probs: Tensor, start: int, ratio: int, width: int = FULL_ROW_TOKENS) -> np.ndarray:
+    """Probabilities over all entries [T, H, S] -> at most ``width`` tokens' worth of columns, max-pooled as LayerTrace says."""
+    columns = -(-width // ratio)  # rounded up: a ratio that does not divide leaves a last, narrower column
     t, heads, entries = probs.shape
     out = np.zeros((t, heads, min(columns, entries)), np.float16)
     edges = [0]
     while edges[-1] < t:  # stretches of queries that share one pooling factor
-        pooling = entry_pooling(start + edges[-1])
-        edges.append(min(t, pooling * FULL_ROW_TOKENS - start))
+        pooling = entry_pooling(start + edges[-1], width)
+        edges.append(min(t, pooling * width - start))
         part = probs[edges[-2] : edges[-1]]
         if pooling > 1:
             part = torch.nn.functional.pad(part, (0, -entries % pooling)).unflatten(-1, (-1, pooling)).amax(-1)
         part = part[..., : out.shape[-1]]
         out[edges[-2] : edges[-1], :, : part.shape[-1]] = part.cpu().numpy()
+    return out
+
+
+def pooled_further(column: Column, width: int, ratio: int) -> Column:
+    """Rows of 2 ``width`` tokens' worth of columns pooled to ``width``, in pairs; the first queries see no more anyway."""
+    rows, out = column.rows(), Column(column.dtype, column.fill)
+    if rows.ndim < 3:
+        return column  # no row yet
+    out.append(rows[:width, :, : -(-width // ratio)])
+    for start in range(width, len(rows), FULL_ROW_TOKENS):
+        even, odd = (rows[start : start + FULL_ROW_TOKENS, :, first::2] for first in (0, 1))
+        even = even.copy()
+        np.maximum(even[..., : odd.shape[-1]], odd, out=even[..., : odd.shape[-1]])
+        out.append(even)
     return out
 
 
@@ -254,12 +290,12 @@ class Recorder:
         self._hooks.append(register(only_mine))
 
     def _on_attention(self, layer: LayerRecord) -> Any:
-        return lambda _module, _inputs, record: layer.pending.append(record)
+        return lambda _module, _inputs, record: layer.note(record)
 
     def _on_index(self, layer: LayerRecord) -> Any:
         def note(_module: Any, _inputs: Any, index: IndexQueries) -> None:
             layer.index_keys = index.k
-            layer.pending.append(index)
+            layer.note(index)
 
         return note
 
@@ -303,9 +339,10 @@ class Recorder:
             for part, held in cache.nbytes_by_part().items():
                 self.cache_bytes.setdefault(part, Column(np.int64)).append(np.array([held]))
             self.cache_reserved.append(np.array([cache.nbytes_reserved]))
-            if tokens > 1 or self._steps % PENDING_STEPS == 0:
-                for layer in self.layers:
+            for layer in self.layers:
+                if tokens > 1 or self._steps % PENDING_STEPS == 0:
                     layer.flush()
+                layer.settle(self.length)
 
     def timeline_since(self, start: float) -> tuple[Span, ...]:
         """All spans with their times counted from ``start`` (``time.perf_counter`` seconds), for a single measured call."""

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 _COMPARE = {"==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+COPIED_BYTES, COPIES = 2**28, 5  # far more than any cache of a CPU holds
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -42,6 +44,49 @@ def memory_bytes() -> int | None:
         return None
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def available_bytes(device: str | torch.device = "cpu") -> float:
+    """Bytes of memory that may still be used, on a CUDA device or on the host, as far as the system says."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.mem_get_info(device)[0])
+    known = [limit for limit in (memory_bytes(),) if limit is not None]
+    free = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    return float(min([*known, *([1024 * int(free[1])] if free else [])], default=float("inf")))
+
+
+def size_text(nbytes: float) -> str:
+    """ "1.5 GB" or "20.0 MB": a size in a sentence."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Bytes per second that copying a large tensor moves, read and written together: the best of several copies.
+
+    It is what a decode step is held against: no step can read its cache and weights faster than memory delivers them.
+    """
+    import torch
+
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(COPIES):
+        synchronise(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPIED_BYTES / best
+
+
+def synchronise(device: str | torch.device) -> None:
+    """Wait until a device has done what it was given; the CPU always has."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def threads_for_run() -> int:

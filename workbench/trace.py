@@ -26,11 +26,13 @@ SHIPPED = Path(__file__).parent / "assets" / "traces"
 MAX_BYTES = 8 * 2**30  # a manifest that asks for more than this is refused before anything is allocated
 # Beyond this many tokens of context a row over all entries is max-pooled, so that memory grows with L and never with L x L.
 FULL_ROW_TOKENS = 2048
+ROW_VALUES = 2**24  # and a head's rows over all entries together hold at most about this many values, however long the text
 # Kinds of attention layers. Those that keep a few entries for each query, and of these the ones that choose for themselves;
 # those that attend to every entry. In MLA, GQA and MHA, and in V3.2's selection, an entry is a token.
 SELECTING = ("csa", "csa2-full", "csa2-reindex", "csa2-reuse", "mla-dsa")
 INDEXING = ("csa", "csa2-full", "csa2-reindex", "mla-dsa")
 ATTENDING_TO_ALL = ("hca", "mla", "gqa", "mha")
+OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own and the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ class LayerTrace:
     (``INDEXING``): ``index_queries`` [L, Hi, Di], ``index_weights`` [L, Hi], ``index_keys`` [S, Di], from which any row of
     scores is recomputed (``index_scores``). Layers that attend to all (``ATTENDING_TO_ALL``): ``entry_probs`` [L, H, E]
     float16 over all entries; column c of row t is the maximum over entries c * p .. c * p + p - 1 with
-    p = ``entry_pooling(t)``, which is 1 up to 2,048 tokens of context.
+    p = ``entry_pooling(t)``, which is 1 up to 2,048 tokens of context (less in long traces of layers with an entry a token).
+    Where an entry is a token (MLA, GQA, MHA and V3.2's selection) there is neither window nor sink.
     """
 
     layer: int
@@ -134,8 +137,17 @@ class LayerTrace:
         return self.kind in ATTENDING_TO_ALL
 
     @property
+    def of_tokens(self) -> bool:
+        """True where an entry is a token itself, not made from tokens beside a window of them."""
+        return self.ratio == 1 and not self.window
+
+    @property
+    def has_sink(self) -> bool:
+        return bool(self.sink_probs.any())
+
+    @property
     def entries(self) -> int:
-        """Compressed entries complete at the end of the trace."""
+        """Entries complete at the end of the trace."""
         return self.length // self.ratio if self.ratio else 0
 
     def visible_entries(self, t: int) -> int:
@@ -147,10 +159,24 @@ class LayerTrace:
         if not 0 <= entry < self.entries:
             raise InputError(f"layer {self.layer} has entries 0..{self.entries - 1}, got {entry}")
         first = entry * self.ratio
-        return (max(0, first - self.ratio) if self.kind == "csa" else first, first + self.ratio - 1)
+        return max(0, first - self.look_back), first + self.ratio - 1
+
+    @property
+    def look_back(self) -> int:
+        """Tokens before its own block that an entry is made from too."""
+        return self.ratio if self.kind == OVERLAPPING else 0
+
+    def entries_of(self, token: int) -> tuple[int, ...]:
+        """The entries that ``token`` goes into, whether complete yet or not."""
+        return entries_of(self.kind, self.ratio, token)
 
     def entry_pooling(self, t: int) -> int:
-        return entry_pooling(t)
+        return entry_pooling(t, row_tokens(self.length, self.ratio))
+
+    def pooled_alike_until(self, t: int) -> int:
+        """The first query after ``t`` whose row was pooled more."""
+        width = row_tokens(self.length, self.ratio)
+        return width * entry_pooling(t, width)
 
     def index_scores(self, t: int) -> np.ndarray:
         """All index scores of query ``t`` over its visible entries, [visible] float32, recomputed from recorded q, w, k.
@@ -164,10 +190,29 @@ class LayerTrace:
         return self.index_weights[t].astype(np.float32) @ relu
 
 
-def entry_pooling(t: int) -> int:
-    """Entries per recorded column for query ``t``: the power of two that keeps a row within 2,048 tokens' worth of entries."""
+def entries_of(kind: str, ratio: int, token: int) -> tuple[int, ...]:
+    """The entries of a layer that ``token`` goes into; none in a layer with a window alone."""
+    if not ratio:
+        return ()
+    own = token // ratio
+    return (own, own + 1) if kind == OVERLAPPING else (own,)
+
+
+def row_tokens(length: int, ratio: int) -> int:
+    """Tokens' worth of entries in a recorded row at most: 2,048, halved while the rows of ``length`` tokens are too many.
+
+    Only layers with an entry for every token, or nearly, are ever cut: beyond 8,192 tokens at a ratio of 1.
+    """
+    width = FULL_ROW_TOKENS
+    while length * width > ROW_VALUES * ratio and width > 1:
+        width //= 2
+    return width
+
+
+def entry_pooling(t: int, width: int = FULL_ROW_TOKENS) -> int:
+    """Entries per recorded column for query ``t``: the power of two that keeps a row within ``width`` tokens' worth of them."""
     pooling = 1
-    while pooling * FULL_ROW_TOKENS < t + 1:
+    while pooling * width < t + 1:
         pooling *= 2
     return pooling
 
@@ -187,8 +232,9 @@ class Trace:
 
     ``what`` is the label every picture shows ("toy, trained", "true size, random weights"), ``origin`` whether it was
     measured in this session, or loaded ("recorded"). ``step_starts`` [N] first token of each step; ``cache_bytes`` maps part
-    to bytes held after each step [N], ``cache_reserved`` [N] the room beyond them. ``top_ids`` / ``top_probs`` [N, 5]: the
-    model's best guesses for the token after each step, ``next_ids`` [N] the token that followed, -1 if none was chosen.
+    to bytes held after each step [N], ``cache_reserved`` [N] the room beyond them. ``top_ids`` / ``top_probs`` [N, 5], or all
+    of a smaller vocabulary: the model's best guesses for the token after each step; ``next_ids`` [N] the token that followed,
+    -1 if none was chosen.
     """
 
     model: str
@@ -233,6 +279,16 @@ class Trace:
             if layer.layer == number:
                 return layer
         raise InputError(f"trace has layers {[layer.layer for layer in self.layers]}, got {number}")
+
+    def chooser(self, number: int) -> LayerTrace | None:
+        """The layer whose indexer chose the entries of layer ``number``: itself, or for V4.1's reusing layers the last one
+        before it that has an indexer; None where nothing is chosen or that layer was not recorded.
+        """
+        layer = self.layer(number)
+        if not layer.selects:
+            return None
+        before = [x for x in self.layers if x.layer <= number and x.index_queries is not None]
+        return max(before, key=lambda x: x.layer, default=None)
 
     @property
     def label(self) -> str:

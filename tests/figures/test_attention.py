@@ -12,23 +12,26 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from tests.synthetic import synthetic_trace
+from tests.synthetic import FAMILIES, synthetic_trace
 from workbench.errors import InputError
 from workbench.figures.attention import (
     THUMBNAIL_BYTES,
     attention_tile,
     composite_tile,
-    describe,
+    describe_layer,
     layer_thumbnails,
-    query_strip,
-    source_probs,
     thumbnails,
-    top_sources,
 )
+from workbench.figures.query import describe, query_strip, source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
 TRACE = synthetic_trace(97, seed=1)
 WINDOW, CSA, HCA = 0, 1, 2
+TRACES = {
+    family: TRACE if family == "deepseek_v4" else synthetic_trace(61, seed=1, kinds=FAMILIES[family]) for family in FAMILIES
+}
+LAYERS = [(family, layer) for family, kinds in FAMILIES.items() for layer in range(len(kinds))]
+every_layer = pytest.mark.parametrize(("family", "layer"), LAYERS, ids=[f"{FAMILIES[f][n]}-{n}" for f, n in LAYERS])
 
 
 def head_of(values: np.ndarray, head: int | str) -> np.ndarray:
@@ -40,10 +43,11 @@ def head_of(values: np.ndarray, head: int | str) -> np.ndarray:
 def full_matrix(layer: LayerTrace, head: int | str, composite: bool = False) -> np.ndarray:
     """The oracle: the whole matrix, filled one probability at a time."""
     length = layer.length
-    out = np.zeros((length, length if composite else length + layer.entries), np.float32)
+    tokens = 0 if layer.kind in ("mla-dsa", "mla", "gqa", "mha") else length  # window columns
+    out = np.zeros((length, length if composite else tokens + layer.entries), np.float32)
 
     def put(t: int, entry: int, value: float) -> None:
-        first, last = layer.entry_tokens(entry) if composite else (length + entry, length + entry)
+        first, last = sources_of(layer, entry) if composite else (tokens + entry, tokens + entry)
         out[t, first : last + 1] = np.maximum(out[t, first : last + 1], value)
 
     for t in range(length):
@@ -62,6 +66,12 @@ def full_matrix(layer: LayerTrace, head: int | str, composite: bool = False) -> 
     return out
 
 
+def sources_of(layer: LayerTrace, entry: int) -> tuple[int, int]:
+    """First and last token an entry is made from: its block, and in CSA the block before."""
+    tokens = [t for t in range(layer.length) if entry in (t // layer.ratio, t // layer.ratio + (layer.kind == "csa"))]
+    return tokens[0], tokens[-1]
+
+
 def pooled(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.array(
         [
@@ -72,12 +82,13 @@ def pooled(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("head", [0, 2, "max", "mean"])
-@pytest.mark.parametrize("layer", [WINDOW, CSA, HCA])
+@every_layer
 @pytest.mark.parametrize("composite", [False, True])
 @pytest.mark.parametrize("max_pixels", [800, 19])
-def test_a_tile_is_the_pooled_maximum_of_the_whole_matrix(layer, head, composite, max_pixels):
-    tile = (composite_tile if composite else attention_tile)(TRACE, layer, head, max_pixels=max_pixels)
-    expected = pooled(full_matrix(TRACE.layer(layer), head, composite), *tile.pooling)
+def test_a_tile_is_the_pooled_maximum_of_the_whole_matrix(family, layer, head, composite, max_pixels):
+    trace = TRACES[family]
+    tile = (composite_tile if composite else attention_tile)(trace, layer, head, max_pixels=max_pixels)
+    expected = pooled(full_matrix(trace.layer(layer), head, composite), *tile.pooling)
     np.testing.assert_array_equal(tile.values, expected)
     assert not tile.values[~tile.visible].any() and max(expected.shape) <= max_pixels
 
@@ -91,14 +102,30 @@ def test_hca_rows_recorded_pooled_are_spread_over_the_entries_they_cover(composi
     np.testing.assert_array_equal(tile.values, pooled(exact, *tile.pooling) * tile.visible)
 
 
-@pytest.mark.parametrize("layer", [WINDOW, CSA, HCA])
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+def test_rows_over_all_tokens_of_a_long_trace_are_spread_over_the_tokens_they_cover(monkeypatch, kind):
+    monkeypatch.setattr("workbench.trace.ROW_VALUES", 2**15)  # as if this were a trace of tens of thousands of tokens
+    trace = synthetic_trace(613, seed=2, kinds=(kind,), heads=2)
+    record = trace.layer(0)
+    assert [record.entry_pooling(t) for t in (31, 32, 63, 64, 612)] == [1, 2, 2, 4, 32]
+    for view, pixels in ((attention_tile, 211), (composite_tile, 800)):
+        tile = view(trace, 0, "max", max_pixels=pixels)
+        np.testing.assert_array_equal(tile.values, pooled(full_matrix(record, "max"), *tile.pooling) * tile.visible)
+    told = describe(trace, 0, "max", 612, 600)
+    assert told["pooled"] == 32 and told["probability"] == np.float32(record.entry_probs[612].max(0)[600 // 32])
+
+
+@every_layer
 @pytest.mark.parametrize("composite", [False, True])
-def test_visible_cells_are_those_with_a_causal_pair(layer, composite):
-    record = TRACE.layer(layer)
-    tile = (composite_tile if composite else attention_tile)(TRACE, layer, max_pixels=19)
-    t, column = np.arange(97)[:, None], np.arange(97 if composite else 97 + record.entries)
+@pytest.mark.parametrize("max_pixels", [800, 19])
+def test_visible_cells_are_those_with_a_causal_pair(family, layer, composite, max_pixels):
+    record = TRACES[family].layer(layer)
+    tile = (composite_tile if composite else attention_tile)(TRACES[family], layer, max_pixels=max_pixels)
+    length = record.length
+    tokens = length if record.window else 0
+    t, column = np.arange(length)[:, None], np.arange(length if composite else tokens + record.entries)
     closed = (t + 1) // record.ratio if record.ratio else 0 * t
-    entry = (column < closed * record.ratio) if composite else (column >= 97) & (column - 97 < closed)
+    entry = (column < closed * record.ratio) if composite else (column >= tokens) & (column - tokens < closed)
     pairs = ((column <= t) & (column > t - record.window)) | entry
     np.testing.assert_array_equal(tile.visible, pooled(pairs, *tile.pooling))
 
@@ -159,6 +186,36 @@ def test_column_labels_are_the_source_tokens_of_the_trace():
     assert hca.column_label(98) == tuple(range(16, 32))
 
 
+def test_column_labels_of_shared_streams_and_of_tokens():
+    shared = TRACES["deepseek_v41"]
+    two, one = attention_tile(shared, 1), attention_tile(shared, 4)
+    assert two.column_label(61 + 5) == (10, 11) and one.column_label(61 + 5) == (5,)  # no overlap
+    for family in ("deepseek_v32", "deepseek_v3", "llama"):
+        tile = attention_tile(TRACES[family], 0)
+        assert tile.column_range == (0, 61) and [tile.column_label(i) for i in (0, 60)] == [(0,), (60,)]
+        with pytest.raises(InputError, match="0 window and 61 entry columns"):
+            describe(TRACES[family], 0, 0, 5, 61)
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "words"),
+    [
+        ("deepseek_v4", 1, "CSA, 4 tokens per entry"),
+        ("deepseek_v41", 0, "sliding window of 7"),
+        ("deepseek_v41", 1, "CSA2 full, 2 tokens per entry"),
+        ("deepseek_v41", 2, "CSA2 reuse, 2 tokens per entry"),
+        ("deepseek_v41", 3, "CSA2 reindex, 2 tokens per entry"),
+        ("deepseek_v41", 4, "CSA2 full, 1 token per entry"),
+        ("deepseek_v32", 0, "MLA + DSA, chosen tokens"),
+        ("deepseek_v3", 0, "MLA, every token"),
+        ("llama", 0, "GQA, every token"),
+        ("llama, a KV head for each head", 0, "MHA, every token"),
+    ],
+)
+def test_a_layer_is_called_what_it_is(family, layer, words):
+    assert describe_layer(TRACES[family].layer(layer)) == words
+
+
 def test_the_strongest_pair_of_a_pooled_cell_is_found():
     tile = attention_tile(TRACE, CSA, "max", max_pixels=19)
     whole = full_matrix(TRACE.layer(CSA), "max")
@@ -202,22 +259,44 @@ def test_there_is_a_thumbnail_per_layer_and_per_head():
 
 
 def test_a_description_agrees_with_the_matrix_everywhere():
-    for layer in (WINDOW, CSA, HCA):
-        whole = full_matrix(TRACE.layer(layer), "mean")
-        for t in (0, 3, 50, 96):
-            described = [describe(TRACE, layer, "mean", t, column)["probability"] for column in range(whole.shape[1])]
+    for family, layer in LAYERS:
+        trace = TRACES[family]
+        whole = full_matrix(trace.layer(layer), "mean")
+        for t in (0, 3, 50, trace.length - 1):
+            described = [describe(trace, layer, "mean", t, column)["probability"] for column in range(whole.shape[1])]
             np.testing.assert_array_equal(np.float32(described), whole[t])
 
 
-def test_ranks_of_visible_entries_follow_their_index_scores():
-    record, t = TRACE.layer(CSA), 90
-    told = [describe(TRACE, CSA, "max", t, 97 + entry) for entry in range(record.visible_entries(t))]
-    assert record.selected is not None and record.runner_up is not None
+@pytest.mark.parametrize(
+    ("family", "layer", "chosen_by", "sources_of_7"),
+    [
+        ("deepseek_v4", 1, 1, range(24, 32)),
+        ("deepseek_v41", 1, 1, range(14, 16)),
+        ("deepseek_v41", 2, 1, range(14, 16)),  # reuses what layer 1 chose
+        ("deepseek_v41", 3, 3, range(14, 16)),
+        ("deepseek_v41", 5, 4, range(7, 8)),
+        ("deepseek_v32", 1, 1, range(7, 8)),
+    ],
+)
+def test_ranks_of_visible_entries_follow_the_scores_of_the_indexer_that_chose(family, layer, chosen_by, sources_of_7):
+    trace, t = TRACES[family], 57
+    record, chooser, first = trace.layer(layer), trace.layer(chosen_by), trace.length if family != "deepseek_v32" else 0
+    told = [describe(trace, layer, "max", t, first + entry) for entry in range(record.visible_entries(t))]
+    assert record.selected is not None and chooser.runner_up is not None
+    assert {d["chosen_by"] for d in told} == {chosen_by}
     by_score = sorted(range(len(told)), key=lambda e: (-told[e]["index_score"], e))
     assert [told[e]["rank"] for e in by_score] == list(range(1, len(told) + 1))
     assert {e for e, d in enumerate(told) if d["selected"]} == set(record.selected[t].tolist())
-    assert [e for e, d in enumerate(told) if d["runner_up"]] == [record.runner_up[t]]
-    assert told[7]["sources"] == tuple(range(24, 32)) and len(told[7]["source_texts"]) == 8
+    assert [e for e, d in enumerate(told) if d["runner_up"]] == [chooser.runner_up[t]]
+    assert told[7]["sources"] == tuple(sources_of_7) and len(told[7]["source_texts"]) == len(sources_of_7)
+
+
+def test_a_choice_whose_indexer_was_not_recorded_has_no_scores():
+    trace = replace(TRACES["deepseek_v41"], layers=TRACES["deepseek_v41"].layers[2:3])
+    entry = int(trace.layers[0].selected[57, 0])
+    told = describe(trace, 2, "max", 57, 61 + entry)
+    assert told["selected"] and told["index_score"] is told["rank"] is told["chosen_by"] is None
+    assert query_strip(trace, 2, 57).data
 
 
 def test_an_entry_of_the_future_is_not_visible_and_has_no_score():
@@ -232,10 +311,10 @@ def test_the_needle_is_the_best_source_of_a_late_query():
     assert all(best["probability"] >= other["probability"] for other in rest)
 
 
-@pytest.mark.parametrize("layer", [WINDOW, CSA, HCA])
-def test_every_source_of_a_query_is_listed_once(layer):
-    columns, probs, _ = source_probs(TRACE.layer(layer), 0, 70)
-    row = full_matrix(TRACE.layer(layer), 0)[70]
+@every_layer
+def test_every_source_of_a_query_is_listed_once(family, layer):
+    columns, probs, _ = source_probs(TRACES[family].layer(layer), 0, 57)
+    row = full_matrix(TRACES[family].layer(layer), 0)[57]
     assert sorted(columns) == np.flatnonzero(row).tolist()
     np.testing.assert_array_equal(probs, row[columns])
 
@@ -260,11 +339,28 @@ def test_the_strip_marks_the_kept_entries_and_the_runner_up():
     assert TRACE.label in fig.layout.title.text.replace("<br>", " ")  # wrapped to the width beside a map
 
 
-def test_the_strip_shows_all_of_the_attention_of_a_head():
-    for layer in (WINDOW, CSA, HCA):
-        fig = query_strip(TRACE, layer, 90, head=1)
-        bars = [*traces_named(fig, "window"), *traces_named(fig, "sink"), *traces_named(fig, "compressed")]
-        assert sum(float(np.sum(bar.y)) for bar in bars) == pytest.approx(1.0, abs=5e-3)  # float16 sums
+@every_layer
+def test_the_strip_shows_all_of_the_attention_of_a_head_and_no_place_the_layer_lacks(family, layer):
+    record = TRACES[family].layer(layer)
+    fig = query_strip(TRACES[family], layer, 57, head=1)
+    places = {name: traces_named(fig, name) for name in ("window", "sink", "compressed", "tokens")}
+    total = sum(float(np.sum(bar.y)) for bars in places.values() for bar in bars)
+    assert total == pytest.approx(1.0, abs=5e-3)  # float16 sums
+    of_tokens = family not in ("deepseek_v4", "deepseek_v41")
+    shown = {"tokens"} if of_tokens else {"window", "sink"} | ({"compressed"} if record.ratio else set())
+    assert {name for name, bars in places.items() if bars} == shown
+
+
+def test_a_layer_that_reuses_a_choice_shows_the_scores_it_rests_on():
+    trace = TRACES["deepseek_v41"]
+    fig, scores = query_strip(trace, 2, 57), trace.layer(1).index_scores(57)
+    assert fig.layout.yaxis.title.text == "index score of layer 1"
+    bars = [bar for bar in fig.data if bar.type == "bar" and bar.yaxis == "y"]
+    assert sum(len(bar.y) for bar in bars) == len(scores)
+    np.testing.assert_allclose(
+        np.sort(np.concatenate([bar.base + np.asarray(bar.y) for bar in bars])), np.sort(scores), rtol=1e-5
+    )
+    assert query_strip(trace, 1, 57).layout.yaxis.title.text == "index score"
 
 
 def test_a_long_strip_is_pooled_to_a_few_hundred_bars_and_keeps_its_peak():
@@ -281,9 +377,11 @@ def test_markup_in_a_token_is_text_in_the_strip():
     assert "&lt;b&gt;" in title and "<b>" not in title
 
 
-def test_the_first_token_and_a_trace_without_entries_can_be_drawn():
-    short: Trace = synthetic_trace(3)
-    for layer in range(4):
-        assert attention_tile(short, layer).values.shape == (3, 3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_token_and_a_trace_with_few_entries_can_be_drawn(family):
+    short: Trace = synthetic_trace(3, kinds=FAMILIES[family])
+    for layer, kind in enumerate(FAMILIES[family]):
+        entries = {"csa2-full": 1, "csa2-reuse": 1, "csa2-reindex": 1}.get(kind, 0) if layer < 4 else 3
+        assert attention_tile(short, layer).values.shape == (3, 3 + entries)
         assert query_strip(short, layer, 0).data
         assert composite_tile(short, layer).visible[0, 0]

@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.synthetic import synthetic_trace
-from workbench.config import HybridConfig
+from tests.synthetic import FAMILIES, synthetic_trace
+from workbench.config import DenseConfig, HybridConfig, read_config
 from workbench.cost import PARTS, dense_kv_bytes, kv_bytes
 from workbench.errors import InputError
 from workbench.figures.memory import kv_growth, kv_panel_html
@@ -80,6 +80,50 @@ def test_another_kind_of_model_has_bytes_but_no_formula():
     panel = kv_panel_html(foreign, 3)
     assert "keys &lt;b&gt;" in panel and "no formula" in panel and "equal" not in panel.lower().replace("no formula", "")
     assert not any("modelled" in data.name for data in kv_growth(foreign).data)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_shows_the_parts_its_cache_holds(family):
+    trace = synthetic_trace(47, prompt_length=31, prefill_chunk=13, kinds=FAMILIES[family])
+    held = [part for part, nbytes in trace.cache_bytes.items() if nbytes.any()]
+    for log in (False, True):
+        fig = kv_growth(trace, 2, log=log)
+        for part in held:
+            assert [y or 0 for y in line(fig, part).y] == trace.cache_bytes[part].tolist()
+        assert not {data.name for data in fig.data} & ({"kv", "window", "compressed", "index"} - set(held))
+    panel = kv_panel_html(trace, 2)
+    rows = {part: panel.split(f"<th scope='row'>{part}</th>")[1].split("</tr>")[0] for part in held}
+    assert all(f"{trace.cache_bytes[part][2]:,}" in row for part, row in rows.items())
+    assert ("kv" in held) == (family not in ("deepseek_v4", "deepseek_v41"))
+
+
+def test_rows_of_every_token_are_hatched():
+    fig = kv_growth(synthetic_trace(47, kinds=FAMILIES["deepseek_v32"]))
+    assert line(fig, "kv").fillpattern.shape == "/" and not line(fig, "index").fillpattern.shape
+    assert len({data.fillcolor for data in fig.data if data.stackgroup}) == 2
+
+
+def test_a_cache_is_compared_with_dense_ones_it_is_not_itself(monkeypatch):
+    def names(config):
+        monkeypatch.setattr("workbench.cost.kv_bytes", lambda config, n, storage: {"total": n})
+        monkeypatch.setattr("workbench.cost.dense_kv_bytes", lambda config, n, kv_heads, storage: n * kv_heads)
+        trace = replace(synthetic_trace(31, kinds=("gqa",)), config=config.to_dict())
+        return [data.name.split(",")[0] for data in kv_growth(trace).data if data.name[:3] in ("MHA", "GQA")]
+
+    def dense(heads, kv_heads):
+        return DenseConfig(
+            vocab_size=50,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=8,
+            intermediate_size=16,
+        )
+
+    assert [names(dense(*heads)) for heads in ((4, 2), (4, 4), (16, 8), (16, 2))] == [["MHA"], [], ["MHA"], ["GQA-8", "MHA"]]
+    mla = read_config(synthetic_trace(31, kinds=("mla",)).config)
+    assert names(mla) == []  # its heads have keys and values of two widths, and no published dense twin
 
 
 def test_names_from_a_foreign_file_are_escaped():

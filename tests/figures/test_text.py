@@ -12,7 +12,7 @@ import pytest
 from tests.synthetic import synthetic_trace
 from workbench.errors import InputError
 from workbench.figures import style
-from workbench.figures.attention import describe
+from workbench.figures.query import describe
 from workbench.figures.text import painted_mass, text_view
 
 TRACE = synthetic_trace(97, seed=6, needle=21)

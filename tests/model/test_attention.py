@@ -21,6 +21,7 @@ from tests.slow_reference import (
 )
 from workbench.errors import InputError
 from workbench.model.attention.core import attend, window_rows
+from workbench.model.layers import rotate
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 13, 29, 47, 61, 101, 149, 211, 300)
 ROUNDING = 1e-4  # float32 over four layers gives about 5e-6; a wrong entry gives 1e-2 and more
@@ -39,6 +40,14 @@ def test_prefill_equals_the_slow_reference_and_any_other_split(seed):
     splits = {"one by one": [1] * length, "at random": random_pieces(length, seed), "at once": [length]}
     for name, sizes in splits.items():
         assert (in_pieces(model, ids, sizes)[0] - once).abs().max() < ROUNDING, name
+
+
+def test_one_row_of_an_odd_number_of_channels_turns_like_many():
+    turns = torch.polar(torch.ones(2, 3), torch.tensor([[0.3, -1.1, 2.0], [0.7, 0.1, -0.4]]))
+    rows = torch.arange(26.0).view(1, 2, 13)
+    both = rotate(rows, turns)
+    for t in range(2):
+        assert (rotate(rows[:, t : t + 1], turns[t : t + 1]) - both[:, t : t + 1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("seed", range(8))

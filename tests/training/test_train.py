@@ -17,11 +17,12 @@ from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
 from workbench.model.indexer import Selection
 from workbench.recorder import selecting_attention
-from workbench.training import tasks, train
+from workbench.training import tally, tasks, train
 from workbench.training.optimiser import Muon, optimisers, orthogonalise
-from workbench.training.recipes import RECIPES, Phase, Recipe, recipe_named
+from workbench.training.recipes import RECIPES, Phase, recipe_named
 
 STEPS = 10
+PREPARE = train.prepare  # the real one; most tests here go without its text
 RECIPE = replace(
     RECIPES["tiny-v4-engram"],
     name="smoke",
@@ -60,13 +61,6 @@ def text_loss(model: Any, ids: np.ndarray) -> float:
     block = torch.from_numpy(ids[:1025].astype(np.int64)).unsqueeze(0)
     with torch.inference_mode():
         return float(F.cross_entropy(model(block[:, :-1])[0], block[0, 1:]))
-
-
-def streams_of(recipe: Recipe, data: train.Data) -> train.Streams:
-    return (
-        tasks.RecallStream(data.tokenizer, data.train_ids, short_share=recipe.short_share),
-        tasks.RecallStream.asked_once(data.tokenizer, data.train_ids),
-    )
 
 
 def test_ten_steps_learn_something_and_leave_a_complete_folder(straight, data):
@@ -139,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_one_line(data):
     model = train.build(RECIPE, data)
     with torch.no_grad():
         model.head.weight[0] = torch.nan
-    batch = train.make_batch(RECIPE, data, streams_of(RECIPE, data), RECIPE.phases[0], 0)
+    batch = train.make_batch(RECIPE, data, train.make_streams(RECIPE, data), RECIPE.phases[0], 0)
     with pytest.raises(WorkbenchError, match="training diverged"):
         train.train_step(model, optimisers(model, RECIPE), RECIPE, batch, dense=True)
 
@@ -150,11 +144,38 @@ def test_every_phase_of_a_shipped_recipe_makes_its_batches(data, name):
     recipe = RECIPES[name]
     repeated = replace(data, train_ids=np.tile(data.train_ids, 3))
     for phase in recipe.phases:
-        batch = train.make_batch(recipe, repeated, streams_of(recipe, repeated), phase, 7)
-        again = train.make_batch(recipe, repeated, streams_of(recipe, repeated), phase, 7)
-        other = train.make_batch(recipe, repeated, streams_of(recipe, repeated), phase, 8)
+        batch = train.make_batch(recipe, repeated, train.make_streams(recipe, repeated), phase, 7)
+        again = train.make_batch(recipe, repeated, train.make_streams(recipe, repeated), phase, 7)
+        other = train.make_batch(recipe, repeated, train.make_streams(recipe, repeated), phase, 8)
         assert batch.ids.shape == (phase.batch, phase.length) and batch.read_mask.any() and batch.text_mask.any()
         assert np.array_equal(batch.ids, again.ids) and not np.array_equal(batch.ids, other.ids)
+
+
+def test_a_recipe_that_starts_from_a_checkpoint_has_its_weights_and_tokenizer():
+    recipe = RECIPES["tiny-v4-tally"]
+    started, model = load(recipe.start_from, device="cpu"), train.build(recipe, PREPARE(recipe))
+    assert model.tokenizer.to_str() == started.tokenizer.to_str() and model.config == replace(started.config, index_topk=16)
+    weights, before = model.state_dict(), started.state_dict()
+    assert weights.keys() == before.keys() and all(torch.equal(weights[name], before[name]) for name in weights)
+
+
+def test_a_tally_recipe_asks_for_the_most_frequent_value_in_its_share_of_the_sequences(data):
+    recipe, text = RECIPES["tiny-v4-tally"], replace(data, train_ids=np.tile(data.train_ids, 3))
+    asked = data.tokenizer.encode(tally.question("apple")).ids[:8]
+    for phase in recipe.phases:
+        ids = train.make_batch(recipe, text, train.make_streams(recipe, text), phase, 3).ids
+        lines = [any(list(row[i : i + 8]) == asked for i in np.flatnonzero(row == asked[0])) for row in ids]
+        assert sum(lines) == int(recipe.tally_share * phase.batch)
+
+
+def test_the_curve_of_a_tally_recipe_counts_all_records_as_needles(quickly, data, tmp_path, monkeypatch):
+    found = {"1": 0.25}
+    monkeypatch.setattr(train, "quick_tally", lambda model, data: {"tally": 0.5, "hit_at_topk": found})
+    monkeypatch.setattr(train, "tally_scores", lambda model, ids: {"questions": 3})
+    recipe = replace(RECIPE, tally_share=0.5, phases=(Phase(steps=4, length=131, batch=4),))
+    scores = train.train(recipe, tmp_path)
+    (point,) = json.loads((tmp_path / "curve.json").read_text())
+    assert point["hit_at_topk"] == found and point["tally"] == 0.5 and scores["tally"] == {"questions": 3}
 
 
 def graded(loss: torch.Tensor, model: Any) -> dict[str, bool]:
@@ -294,7 +315,7 @@ def test_building_a_recipe_twice_gives_the_same_weights_and_leaves_the_random_st
 
 def test_a_state_file_brings_back_model_and_optimisers_bit_for_bit(data, tmp_path: Path):
     model = train.build(RECIPE, data)
-    parts, streams = optimisers(model, RECIPE), streams_of(RECIPE, data)
+    parts, streams = optimisers(model, RECIPE), train.make_streams(RECIPE, data)
     for step in range(2):
         train.train_step(model, parts, RECIPE, train.make_batch(RECIPE, data, streams, RECIPE.phases[0], step), dense=True)
     train._save_state(tmp_path, RECIPE, model, parts, {"step": 2, "curve": [], "cpu_s": 1.0})

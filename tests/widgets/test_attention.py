@@ -14,7 +14,8 @@ import pytest
 
 from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
-from workbench.figures.attention import attention_tile, composite_tile, top_sources
+from workbench.figures.attention import attention_tile, composite_tile
+from workbench.figures.query import top_sources
 from workbench.trace import Trace
 from workbench.widgets import attention
 from workbench.widgets.attention import AttentionExplorer, painted_column, ticks, zoomed

@@ -165,3 +165,23 @@ def test_widgets_do_not_import_torch():
     modules = "controls, memory, session, timeline"
     code = f"import sys; from workbench.widgets import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_start_from_what_the_run_on_show_was_asked_for():
+    asked = {"max_new_tokens": 32, "seed": 9, "temperature": 0.5, "topk": 3}
+    widget = RunControls(replace(RECORDED, notes=asked))
+    shown = {name: getattr(widget, name).value for name in asked}
+    assert shown == asked
+    assert RunControls(replace(RECORDED, notes={"seed": "x"})).max_new_tokens.value == 64
+
+
+def test_a_model_that_attends_to_everything_has_no_topk_and_says_so(started):
+    dense = SimpleNamespace(config=SimpleNamespace(index_topk=None))
+    widget = RunControls(synthetic_trace(31, kinds=("gqa",)), model=dense)
+    assert widget.topk.disabled and widget.topk.description == "No top-k" and "every token" in widget.topk.tooltip
+    assert start(widget, started).asked[1]["topk"] is None
+    started[-1].becomes(state="done")
+    widget.model.value = "tiny-v4"
+    eventually(lambda: not widget.start.disabled, "Start comes back")
+    assert start(widget, started).model is MODEL
+    assert (widget.topk.disabled, widget.topk.description, widget.topk.value) == (False, "Index top-k", 7)

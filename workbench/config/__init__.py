@@ -16,6 +16,7 @@ from workbench.config.shared_stream import SharedStreamConfig
 from workbench.errors import InputError
 
 __all__ = [
+    "DeepSeekV4Config",
     "DenseConfig",
     "EngramConfig",
     "HybridConfig",
@@ -28,12 +29,24 @@ __all__ = [
 ]
 
 ModelConfig = HybridConfig | SharedStreamConfig | LatentConfig | DenseConfig
-FAMILIES: dict[str, type[HybridConfig]] = {"deepseek_v4": HybridConfig}
+DeepSeekV4Config = HybridConfig | SharedStreamConfig  # V4 and V4.1 share mHC streams, MoE, Engram and the shared-KV attention
+FAMILIES: dict[str, Any] = {
+    "deepseek_v4": HybridConfig,
+    "deepseek_v41": SharedStreamConfig,
+    "deepseek_v32": LatentConfig,
+    "deepseek_v3": LatentConfig,
+    "llama": DenseConfig,
+}
 
 
-def read_config(settings: dict[str, Any]) -> HybridConfig:
+def read_config(settings: dict[str, Any]) -> Any:
     """The configuration a ``config.json`` describes. Raises InputError for another ``model_type`` or a bad setting."""
     family = FAMILIES.get(settings.get("model_type", "deepseek_v4"))
     if family is None:
         raise InputError(f"model_type {settings['model_type']!r} is not supported here; expected one of {sorted(FAMILIES)}")
-    return family.from_dict(settings)
+    try:
+        return family.from_dict(settings)
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"config.json has a setting of the wrong type: {error}") from None

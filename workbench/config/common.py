@@ -5,7 +5,7 @@ Only the standard library is needed here, so cost and presets can use configurat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from workbench.errors import InputError
@@ -64,18 +64,18 @@ class EngramConfig:
         return max(0, self.conv_kernel_size - 1) * self.max_ngram_size
 
 
-def check_positive(config: Any, *may_be_zero: str) -> None:
-    """Raises InputError for a whole-number setting below 1, or below 0 where zero means "none"."""
+def check_positive(config: Any, *may_be_zero: str, minus_one: str = "") -> None:
+    """Raises InputError for a whole-number setting below 1; ``may_be_zero`` and ``minus_one`` name those that may be less."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if field.name in may_be_zero else 1):
-            raise InputError(f"{field.name} must be positive, got {value}")
+        value, least = getattr(config, field.name), -1 if field.name == minus_one else int(field.name not in may_be_zero)
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise InputError(f"{field.name} must be {f'at least {least}' if least < 1 else 'positive'}, got {value}")
 
 
 def check_fixed(config: dict[str, Any], **expected: Any) -> None:
     """Raises InputError if a ``config.json`` sets something that this library computes in one way only to something else."""
     for key, only in expected.items():
-        if config.get(key, only) != only:
+        if config.get(key) not in (None, only):
             raise InputError(f"config has {key}={config[key]!r}; this model uses {only!r}")
 
 
@@ -90,6 +90,42 @@ def read_rope(config: dict[str, Any]) -> RopeConfig:
     if kind == "default":
         settings["factor"] = 1.0
     return RopeConfig(theta=config.get("compress_rope_theta", scaling.get("rope_theta", 160000.0)), **settings)
+
+
+def read_fields(cls: Any, config: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """The fields of a configuration class that ``config`` has under their own names, and those ``given`` here instead.
+
+    Raises InputError for a field without a default that is missing in both.
+    """
+    names = [field.name for field in fields(cls) if field.name not in given]
+    out = {name: config[name] for name in names if config.get(name) is not None} | given
+    missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in out]
+    if missing:
+        raise InputError(f"config.json has no {', '.join(missing)}; is this a {cls.model_type} model folder?")
+    return out
+
+
+def read_token_rope(config: dict[str, Any], *kinds: str) -> tuple[RopeConfig, dict[str, Any]]:
+    """The one rotation of a model whose layers are alike, and the settings it was read from: both spellings, new and old.
+
+    Raises InputError for a rope type other than ``kinds``, a rotation of half a head, or two bases that disagree.
+    """
+    settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    kind = settings.get("rope_type", settings.get("type")) or "default"
+    if kind not in kinds:
+        raise InputError(f"rope type {kind!r} is not supported for this model; expected one of {kinds}")
+    check_fixed(config | settings, partial_rotary_factor=1.0, truncate=True, rope_interleave=True)
+    bases = {float(found["rope_theta"]) for found in (config, settings) if found.get("rope_theta") is not None}
+    if len(bases) > 1:
+        raise InputError(f"config.json gives two rotary bases, rope_theta {sorted(bases)}; keep one")
+    theta = bases.pop() if bases else 10000.0
+    if kind == "default":
+        return RopeConfig(theta=theta), {}
+    known = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    missing = [name for name in known[:2] if settings.get(name) is None]
+    if missing:
+        raise InputError(f"rope type {kind!r} needs {' and '.join(missing)}, got {settings}")
+    return RopeConfig(theta=theta, **{name: settings[name] for name in known if settings.get(name) is not None}), settings
 
 
 def read_engram(config: dict[str, Any]) -> EngramConfig | None:

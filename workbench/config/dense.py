@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
-from workbench.config.common import RopeConfig, check_positive
+from workbench.config.common import RopeConfig, check_fixed, check_positive, read_fields, read_token_rope
 from workbench.errors import InputError
 
 
@@ -33,6 +33,46 @@ class DenseConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if self.rope.factor != 1:
+            raise InputError(f"dense attention is computed without YaRN here, got a rope factor of {self.rope.factor}")
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """Read a ``config.json`` of model_type ``llama``, old and new spelling of the rotary settings.
+
+        Raises InputError for a missing setting, biases, a stretched rotation, and other variants that are not computed here.
+        """
+        check_fixed(config, model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
+        rope, _ = read_token_rope(config, "default")
+        heads = config.get("num_attention_heads") or 0
+        given: dict[str, Any] = {"rope": rope}
+        if config.get("num_key_value_heads") is None and heads:
+            given["num_key_value_heads"] = heads
+        if config.get("head_dim") is None and heads and config.get("hidden_size"):
+            if config["hidden_size"] % heads:
+                raise InputError(f"hidden_size={config['hidden_size']} is no multiple of {heads} heads; give a head_dim")
+            given["head_dim"] = config["hidden_size"] // heads
+        return cls(**read_fields(cls, config, **given))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same configuration as ``config.json`` would hold it, readable by ``from_dict`` and by ``transformers``."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rope"}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": self.model_type,
+            **settings,
+            "rope_theta": self.rope.theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope.theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+        }
+
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """Channels of a head that RoPE turns: all of them."""
+        return self.head_dim
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""Attention of one layer as pictures: tiles, thumbnails, one query as a chart, one cell in words.
+"""Attention of one layer as pictures: tiles and thumbnails, and what their columns are.
 
-Rows are query tokens, row 0 on top. Columns are what a query may look at, numbered through: 0..L-1 are tokens (each query
-sees the last W of them, its sliding window), L..L+S-1 the layer's compressed entries. Only what a trace holds is touched
-(window rows, kept entries), so memory grows with L, never with L x L.
+Rows are query tokens, row 0 on top. Columns are what a query may look at, numbered through. In layers with a sliding window
+0..L-1 are tokens (each query sees the last W of them) and L..L+S-1 the layer's compressed entries; in layers without one
+(MLA, GQA, MHA and V3.2's selection) an entry is a token, and columns 0..L-1 are these. Only what a trace holds is touched
+(window rows, kept entries, pooled rows), so memory grows with L, never with L x L.
 
 One letter sizes: L tokens, S compressed entries, W window, H heads, K kept entries, E recorded entry columns.
 """
@@ -12,17 +13,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from textwrap import wrap
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import plotly.graph_objects as go
 from PIL import Image
-from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
 from workbench.figures import style
-from workbench.trace import FULL_ROW_TOKENS, LayerTrace, Trace
+from workbench.trace import LayerTrace, Trace
 
 Head = int | Literal["max", "mean"]
 Range = tuple[int, int]  # (start, stop)
@@ -30,9 +28,18 @@ Range = tuple[int, int]  # (start, stop)
 TILE_BYTES = 180_000  # a notebook keeps pictures as base64, a third larger, and a view has 250 KB
 THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 5_000, 56
 MAX_CELL_PIXELS = 32
-MAX_POINTS = 256  # bars of one kind in a chart; more are pooled by their maximum
-TITLE_WIDTH = 54  # characters that fit a chart beside a map
 CHUNK_VALUES = 1 << 22  # probabilities worked on at once
+LAYER_NAMES = {
+    "csa": "CSA",
+    "hca": "HCA",
+    "csa2-full": "CSA2 full",
+    "csa2-reindex": "CSA2 reindex",
+    "csa2-reuse": "CSA2 reuse",
+    "mla-dsa": "MLA + DSA",
+    "mla": "MLA",
+    "gqa": "GQA",
+    "mha": "MHA",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,16 +88,47 @@ class Tile:
         return rows[0] + row, columns[0] + column
 
 
+def window_columns(layer: LayerTrace) -> int:
+    """How many columns stand for window tokens; the column of entry 0."""
+    return layer.length if layer.window else 0
+
+
+def column_count(layer: LayerTrace) -> int:
+    return window_columns(layer) + layer.entries
+
+
 def column_tokens(layer: LayerTrace, column: int) -> tuple[int, ...]:
     """Source tokens of a column: the token itself, or those a compressed entry was made from."""
-    if not 0 <= column < layer.length + layer.entries:
-        raise InputError(
-            f"layer {layer.layer} has {layer.length} token columns and {layer.entries} entry columns, got column {column}"
-        )
-    if column < layer.length:
+    tokens = window_columns(layer)
+    if not 0 <= column < column_count(layer):
+        raise InputError(f"layer {layer.layer} has {tokens} window and {layer.entries} entry columns, got column {column}")
+    if column < tokens:
         return (column,)
-    first, last = layer.entry_tokens(column - layer.length)
+    first, last = layer.entry_tokens(column - tokens)
     return tuple(range(first, last + 1))
+
+
+def entry_name(layer: LayerTrace) -> str:
+    """What an entry of this layer is called: a token, where it is no more than that."""
+    return "token" if layer.of_tokens else "compressed entry"
+
+
+def describe_layer(layer: LayerTrace) -> str:
+    """A layer's kind in the reports' words, with what a query may look at."""
+    if not layer.ratio:
+        return f"sliding window of {layer.window}"
+    name = LAYER_NAMES.get(layer.kind, layer.kind)
+    if layer.of_tokens:
+        return f"{name}, {'chosen tokens' if layer.selects else 'every token'}"
+    return f"{name}, {tokens_each(layer)} per entry"
+
+
+def tokens_each(layer: LayerTrace) -> str:
+    return f"{layer.ratio} token{'s' if layer.ratio > 1 else ''}"
+
+
+def describe_head(head: Head) -> str:
+    return f"{head} over heads" if isinstance(head, str) else f"head {head}"
 
 
 def attention_tile(
@@ -105,11 +143,11 @@ def attention_tile(
     """Attention probabilities of ``layer`` as one PNG of at most ``max_pixels`` a side and 250 KB, whatever the length.
 
     ``head`` is a number, or "max" or "mean" over the heads; ``rows`` and ``columns`` are (start, stop) and default to all;
-    ``step`` keeps the rows one step processed. Where HCA rows were recorded pooled, a value covers the entries it is the
-    maximum of. Raises InputError for a layer, head, step or range the trace does not have.
+    ``step`` keeps the rows one step processed. Where rows over all entries were recorded pooled, a value covers the entries
+    it is the maximum of. Raises InputError for a layer, head, step or range the trace does not have.
     """
     record = trace.layer(layer)
-    return _tile(trace, record, head, rows, columns, record.length + record.entries, max_pixels, step, TILE_BYTES, False)
+    return _tile(trace, record, head, rows, columns, column_count(record), max_pixels, step, TILE_BYTES, False)
 
 
 def composite_tile(
@@ -173,7 +211,7 @@ def _tile(
     pooling = -(-shape[0] // max_pixels), -(-shape[1] // max_pixels)
     values = _pooled(record, head, rows, columns, pooling, composite)
     visible = _visible(record, rows, columns, pooling, composite)
-    values[~visible] = 0.0  # the end of a pooled HCA row may reach past its last visible entry
+    values[~visible] = 0.0  # the end of a row recorded pooled may reach past its last visible entry
     height, width = values.shape
     scale = min(MAX_CELL_PIXELS, max_pixels // height), min(MAX_CELL_PIXELS, max_pixels // width)
     png = _png(values, visible, scale, budget)
@@ -226,12 +264,12 @@ def _pooled(
             kept, value = record.selected[start:stop].astype(np.int64), of_head(record.selected_probs[start:stop], head)
             value = np.where(kept >= 0, value, 0.0)
             if composite:
-                first, last = _sources(record, kept)
-                reach = 2 * record.ratio - 1  # tokens from an entry's first source to its last
+                first, last = np.maximum(0, kept * record.ratio - record.look_back), (kept + 1) * record.ratio - 1
+                reach = record.look_back + record.ratio - 1  # tokens from an entry's first source to its last
                 for offset in range(0, reach + pooling[1], pooling[1]):  # one token in every cell the sources touch
                     scatter(cells, np.minimum(first + offset, last), value)
             else:
-                scatter(cells, record.length + kept, value)
+                scatter(cells, window_columns(record) + kept, value)
         if record.entry_probs is not None and record.entries:
             recorded = of_head(record.entry_probs[start:stop], head)
             edges = np.flatnonzero(np.diff(cells, prepend=-1))  # where a new row of cells begins
@@ -242,36 +280,30 @@ def _pooled(
 
 
 def _chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:
-    """Split ``rows`` so that a chunk is small and, in an HCA layer, recorded with one entry pooling."""
+    """Split ``rows`` so that a chunk is small and, where rows are over all entries, recorded with one entry pooling."""
     width = record.window
     for probs in (record.selected_probs, record.entry_probs):
         width += 0 if probs is None else probs.shape[-1]
-    size = max(1, CHUNK_VALUES // (record.heads * width))
+    size = max(1, CHUNK_VALUES // max(1, record.heads * width))
     start = rows[0]
     while start < rows[1]:
         stop = min(start + size, rows[1])
         if record.entry_probs is not None:
-            stop = min(stop, FULL_ROW_TOKENS * record.entry_pooling(start))
+            stop = min(stop, record.pooled_alike_until(start))
         yield start, stop
         start = stop
-
-
-def _sources(record: LayerTrace, entry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``LayerTrace.entry_tokens`` of many entries at once."""
-    first = entry * record.ratio
-    return np.maximum(0, first - record.ratio) if record.kind == "csa" else first, first + record.ratio - 1
 
 
 def _spread(
     record: LayerTrace, band: np.ndarray, columns: Range, pool: int, recorded_pooling: int, composite: bool
 ) -> np.ndarray:
-    """HCA rows [h', E] -> [h', w]: each cell takes the maximum over the recorded columns its entries fall into."""
+    """Rows over all entries [h', E] -> [h', w]: a cell takes the maximum of the recorded columns its entries fall into."""
     low = np.arange(columns[0], columns[1], pool)
     high = np.minimum(low + pool, columns[1])
     if composite:
         low, high = low // record.ratio, (high - 1) // record.ratio + 1
     else:
-        low, high = np.maximum(low - record.length, 0), high - record.length
+        low, high = np.maximum(low - window_columns(record), 0), high - window_columns(record)
     high = np.minimum(high, record.entries)
     empty = high <= low
     most = band.shape[1]
@@ -288,13 +320,13 @@ def _visible(record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int
     bottom = np.minimum(top + pooling[0], rows[1]) - 1
     left = np.arange(columns[0], columns[1], pooling[1])
     right = np.minimum(left + pooling[1], columns[1]) - 1
-    seen = (left <= bottom) & (np.minimum(right, record.length - 1) > top - record.window) & (left < record.length)
+    tokens = window_columns(record)
+    seen = (left <= bottom) & (np.minimum(right, tokens - 1) > top - record.window) & (left < tokens)
     if record.ratio:
         closed = (bottom + 1) // record.ratio
         if composite:
             return seen | (left < closed * record.ratio)
-        first = np.maximum(left - record.length, 0)
-        return seen | ((right >= record.length) & (first < closed))
+        return seen | ((right >= tokens) & (np.maximum(left - tokens, 0) < closed))
     return seen
 
 
@@ -312,219 +344,3 @@ def _png(values: np.ndarray, visible: np.ndarray, scale: tuple[int, int], budget
         if len(png) <= budget:
             break
     return png
-
-
-def describe(trace: Trace, layer: int, head: Head, row: int, column: int) -> dict[str, Any]:
-    """What one query does with one column, as plain values.
-
-    Keys: ``query``, ``query_text``; ``column``, ``column_kind`` ("window token" or "compressed entry"), ``entry`` or None,
-    ``sources`` and ``source_texts``; ``visible``; ``probability`` of the head, over ``pooled`` entries where HCA rows were
-    recorded pooled. For a CSA entry also ``index_score`` and ``rank`` (1 is best) among ``visible_entries``, ``selected``
-    and ``runner_up`` (the best one not kept); None elsewhere. Texts are not escaped.
-    """
-    record = trace.layer(layer)
-    check_head(record, head)
-    _check_token(record, row)
-    sources = column_tokens(record, column)
-    entry = column - record.length if column >= record.length else None
-    closed = record.visible_entries(row)
-    out: dict[str, Any] = {
-        "layer": layer,
-        "layer_kind": record.kind,
-        "head": head,
-        "query": row,
-        "query_text": trace.token_texts[row],
-        "column": column,
-        "column_kind": "window token" if entry is None else "compressed entry",
-        "entry": entry,
-        "sources": sources,
-        "source_texts": tuple(trace.token_texts[t] for t in sources),
-        "visible": row - record.window < column <= row if entry is None else entry < closed,
-        "visible_entries": closed,
-        "probability": 0.0,
-        "pooled": 1,
-        "index_score": None,
-        "rank": None,
-        "selected": None,
-        "runner_up": None,
-    }
-    if not out["visible"]:
-        return out
-    if entry is None:
-        out["probability"] = float(of_head(record.window_probs[row], head)[column - row + record.window - 1])
-    elif record.selected is not None and record.selected_probs is not None:
-        out |= _describe_selection(record, row, entry)
-        if out["selected"]:
-            at = int(np.flatnonzero(record.selected[row] == entry)[0])
-            out["probability"] = float(of_head(record.selected_probs[row], head)[at])
-    elif record.entry_probs is not None:
-        out["pooled"] = record.entry_pooling(row)
-        out["probability"] = float(of_head(record.entry_probs[row], head)[entry // out["pooled"]])
-    return out
-
-
-def _describe_selection(record: LayerTrace, row: int, entry: int) -> dict[str, Any]:
-    """Score, rank and fate of a visible CSA entry. Kept entries rank before all others, however scores were rounded."""
-    assert record.selected is not None
-    kept = record.selected[row][record.selected[row] >= 0]
-    found: dict[str, Any] = {"selected": entry in kept, "runner_up": False, "index_score": None, "rank": None}
-    if record.runner_up is not None:
-        found["runner_up"] = bool(record.runner_up[row] == entry)
-    if record.index_queries is None:
-        return found
-    scores = record.index_scores(row)
-    found["index_score"] = float(scores[entry])
-    if found["selected"]:
-        found["rank"] = int(np.flatnonzero(kept == entry)[0]) + 1
-    else:
-        others = np.setdiff1d(np.arange(len(scores)), kept)
-        before = (scores[others] > scores[entry]) | ((scores[others] == scores[entry]) & (others < entry))
-        found["rank"] = len(kept) + int(before.sum()) + 1
-    return found
-
-
-def source_probs(record: LayerTrace, head: Head, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every column query ``token`` attends to: columns [N], probabilities [N], entries each stands for [N] (1 but in HCA)."""
-    columns = token - record.window + 1 + np.arange(record.window)
-    probs, stands_for = of_head(record.window_probs[token], head), np.ones(record.window, np.int64)
-    if record.selected is not None and record.selected_probs is not None:
-        kept = record.selected[token]
-        entry_columns, entry_probs = np.where(kept >= 0, record.length + kept, -1), of_head(record.selected_probs[token], head)
-        each = np.ones(len(kept), np.int64)
-    elif record.entry_probs is not None:
-        pooling, entry_probs = record.entry_pooling(token), of_head(record.entry_probs[token], head)
-        first = pooling * np.arange(len(entry_probs))
-        entry_columns, each = record.length + first, np.clip(record.visible_entries(token) - first, 1, pooling)
-    else:
-        entry_columns, entry_probs, each = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64)
-    columns = np.concatenate([columns, entry_columns])
-    probs, stands_for = np.concatenate([probs, entry_probs]), np.concatenate([stands_for, each])
-    seen = (columns >= 0) & (probs > 0)
-    return columns[seen], probs[seen], stands_for[seen]
-
-
-def top_sources(trace: Trace, layer: int, head: Head, token: int, k: int) -> list[dict[str, Any]]:
-    """The ``k`` columns query ``token`` attends to most, best first, each as ``describe`` tells it."""
-    record = trace.layer(layer)
-    check_head(record, head)
-    _check_token(record, token)
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
-    columns, probs, _ = source_probs(record, head, token)
-    best = np.argsort(-probs, kind="stable")[:k]
-    return [describe(trace, layer, head, token, int(columns[i])) for i in best]
-
-
-def _check_token(record: LayerTrace, token: int) -> None:
-    if not 0 <= token < record.length:
-        raise InputError(f"the trace has tokens 0..{record.length - 1}, got {token}")
-
-
-def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.Figure:
-    """One query along the text: index scores of the visible entries with the kept ones marked, and where attention went.
-
-    The first row (CSA layers only) has one bar per visible compressed entry, the second one bar per window token, attended
-    entry and the sink. An entry's bar covers its own block of tokens. More than a few hundred bars are pooled by maximum.
-    """
-    record = trace.layer(layer)
-    check_head(record, head)
-    _check_token(record, token)
-    indexed = record.index_queries is not None and record.visible_entries(token) > 0
-    fig = make_subplots(rows=2 if indexed else 1, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    if indexed:
-        _add_scores(fig, record, token)
-    _add_probs(fig, record, token, head, 2 if indexed else 1)
-    text = style.visible_text(trace.token_texts[token])
-    heading = f"layer {layer} ({describe_layer(record)}), {describe_head(head)}: query token {token} “{text}”"
-    lines = [*wrap(trace.label, TITLE_WIDTH), *wrap(heading, TITLE_WIDTH)]
-    above = 14 + 17 * len(lines) + 62  # the title and three lines of legend
-    style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + (310 if indexed else 170))
-    fig.update_layout(bargap=0, barmode="overlay", margin_t=above)
-    fig.update_xaxes(title_text="token position", row=2 if indexed else 1, col=1)
-    return fig
-
-
-def describe_layer(record: LayerTrace) -> str:
-    """A layer's kind in the reports' words, with its ratio."""
-    if not record.ratio:
-        return f"sliding window of {record.window}"
-    return f"{record.kind.upper()}, {record.ratio} tokens per entry"
-
-
-def describe_head(head: Head) -> str:
-    return f"{head} over heads" if isinstance(head, str) else f"head {head}"
-
-
-def _add_scores(fig: go.Figure, record: LayerTrace, token: int) -> None:
-    scores = record.index_scores(token)
-    entries = np.arange(len(scores))
-    kept = record.selected[token] if record.selected is not None else np.zeros(0, np.int32)
-    is_kept = np.isin(entries, kept[kept >= 0])
-    floor = min(0.0, float(scores.min() - 0.05 * np.ptp(scores)))  # bars stand on it: the higher, the better, also below zero
-    for name, mask, colour, symbol in (
-        ("not kept", ~is_kept, style.GREY, None),
-        ("kept", is_kept, style.ENTRY_COLOUR, "diamond"),
-    ):
-        x, y, width, first = _bars(record, entries[mask], scores[mask])
-        hover = "entry %{customdata[0]:.0f}<br>index score %{customdata[1]:.4g}<extra>" + name + "</extra>"
-        told = np.stack([first, y], axis=1)
-        bar = go.Bar(x=x, y=y - floor, base=floor, width=width, customdata=told, name=name, hovertemplate=hover)
-        bar.marker.color = colour
-        fig.add_trace(bar.update(opacity=0.55 if symbol else 0.8, showlegend=symbol is None, marker_line_width=0), row=1, col=1)
-        if symbol:
-            mark = go.Scatter(x=x, y=y, mode="markers", name=f"{name} ({int(mask.sum())} of {len(scores)})", hoverinfo="skip")
-            fig.add_trace(mark.update(marker={"color": colour, "symbol": symbol, "size": 8}), row=1, col=1)
-    runner = -1 if record.runner_up is None else int(record.runner_up[token])
-    if runner >= 0:
-        x, y, _, first = _bars(record, np.array([runner]), scores[[runner]])
-        hover = f"entry {runner}, best one not kept<br>index score %{{y:.4g}}<extra></extra>"
-        mark = go.Scatter(x=x, y=y, mode="markers", name="runner-up", hovertemplate=hover)
-        fig.add_trace(mark.update(marker={"color": style.PINK, "symbol": "x", "size": 8}), row=1, col=1)
-    fig.update_yaxes(title_text="index score", row=1, col=1)
-
-
-def _add_probs(fig: go.Figure, record: LayerTrace, token: int, head: Head, row: int) -> None:
-    columns, probs, stands_for = source_probs(record, head, token)
-    is_entry = columns >= record.length
-    entries, entry_probs = columns[is_entry] - record.length, probs[is_entry]
-    order = np.argsort(entries)
-    pooled = int(stands_for[is_entry].max(initial=1))
-    x, y, width, first = _bars(record, entries[order], entry_probs[order], pooled)
-    name = "compressed entries" if pooled == 1 else f"compressed entries (maximum of {pooled})"
-    hover = "entry %{customdata}<br>probability %{y:.3g}<extra></extra>"
-    bars = [
-        go.Bar(x=x, y=y, width=width, customdata=first, name=name, marker_color=style.ENTRY_COLOUR, hovertemplate=hover)
-        if record.ratio
-        else None,
-        go.Bar(
-            x=columns[~is_entry],
-            y=probs[~is_entry],
-            width=1,
-            name="window tokens",
-            marker_color=style.WINDOW_COLOUR,
-            hovertemplate="token %{x}<br>probability %{y:.3g}<extra></extra>",
-        ),
-    ]
-    sink = float(of_head(record.sink_probs[token][:, None], head)[0])
-    unit = 0.02 * record.length  # the sink has no position: its bar stands before token 0
-    place = {"x": [-2 * unit], "y": [sink], "width": unit, "marker_color": style.SINK_COLOUR}
-    bars.append(go.Bar(**place, name=f"sink ({sink:.2g})", hovertemplate="sink<br>probability %{y:.3g}<extra></extra>"))
-    for bar in bars:
-        if bar is not None:
-            fig.add_trace(bar.update(opacity=0.85, marker_line_width=0), row=row, col=1)
-    fig.update_xaxes(range=[-3.5 * unit, record.length])
-    fig.update_yaxes(title_text="probability", rangemode="tozero", row=row, col=1)
-
-
-def _bars(record: LayerTrace, entries: np.ndarray, heights: np.ndarray, each: int = 1) -> tuple[np.ndarray, ...]:
-    """Centre, height, width in tokens, and first entry of at most MAX_POINTS bars, for ascending entries.
-
-    ``each`` entries are covered by one given value already.
-    """
-    group = -(-len(entries) // MAX_POINTS) if len(entries) else 1
-    starts = np.arange(0, len(entries), group)
-    high = np.maximum.reduceat(heights, starts) if len(entries) else heights
-    first = entries[starts]
-    last = entries[np.minimum(starts + group, len(entries)) - 1] + each - 1
-    width = (last - first + 1) * record.ratio
-    return first * record.ratio + (width - 1) / 2, high, width, first

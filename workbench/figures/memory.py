@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from workbench import cost
-from workbench.config import HybridConfig
+from workbench.config import DenseConfig, HybridConfig, SharedStreamConfig, read_config
 from workbench.errors import InputError
-from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILLION, chart_text, styled
+from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, SKY, VERMILLION, chart_text, styled
 from workbench.trace import Trace
 
-PART_COLOURS = {"window": BLUE, "compressed": ORANGE, "index": GREEN, "tail": PINK, "engram": SKY}
+PART_COLOURS = {"window": BLUE, "compressed": ORANGE, "index": GREEN, "tail": PINK, "engram": SKY, cost.KV_PART: PURPLE}
+PART_PATTERNS = {cost.KV_PART: "/"}  # a row for every token: hatched, so that it can be told without colour
 MODELLED_POINTS = 200  # of a formula's curve; enough to show where the window fills
 MEASURED_POINTS = 400  # steps drawn of a longer run, which keeps the chart well under its byte budget
+PART_ORDER = (cost.KV_PART, *cost.PARTS)
 GQA_HEADS = 8
 HEADROOM = 1.5  # height of the linear axis over what was held at most
 
@@ -41,6 +44,7 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
             line={"color": PART_COLOURS.get(part), "width": 2 if log else 0.5},
             stackgroup=None if log else "held",
             fillcolor=None if log else PART_COLOURS.get(part),
+            fillpattern=None if log else {"shape": PART_PATTERNS.get(part, ""), "fgcolor": "#ffffff", "solidity": 0.2},
             hovertemplate="%{y:,} B",
         )
     if trace.cache_reserved.any():
@@ -56,9 +60,10 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
             **where, annotation={"text": f"step {step}: {end:,} tokens", "font": {"color": GREY}, "yanchor": "bottom"}
         )
     title = f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}"
-    if config is not None:
-        title += "<br>MHA and GQA-8 of the same width: as many layers, query heads and dimensions a head"
-        title += "" if log else "; they leave this axis at its top"
+    if baselines := _baselines(config):
+        shapes = " and ".join(dict.fromkeys(name.split(" =")[0] for name in baselines))
+        title += f"<br>{shapes} of the same width: as many layers, query heads and dimensions a head"
+        title += "" if log else "; what is above this axis is not drawn"
     styled(fig, title, height=540)
     fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
     fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
@@ -83,7 +88,7 @@ def kv_panel_html(trace: Trace, step: int) -> str:
     length, config = trace.step_end(step), _config(trace)
     terms = cost.terms(config, length, trace.storage) if config else ()
     expected = cost.kv_bytes(config, length, trace.storage) if config else {}
-    parts = [part for part in cost.PARTS if any(t.part == part for t in terms)]
+    parts = [part for part in PART_ORDER if any(t.part == part for t in terms)]
     parts += [part for part in _parts(trace) if part not in parts]
     rows = []
     for part in parts:
@@ -123,15 +128,25 @@ def _row(part: str, sums: str, expected: int | None, live: int) -> str:
     return f"<tr><th scope='row'>{escape(part)}</th>{counts}<td class='sum'>{sums}</td></tr>"
 
 
-def _add_modelled(fig: go.Figure, config: HybridConfig, storage: str, tokens: list[int]) -> None:
+def _add_modelled(fig: go.Figure, config: Any, storage: str, tokens: list[int]) -> None:
     marks = sorted({1, *tokens, *(max(1, round(i * tokens[-1] / MODELLED_POINTS)) for i in range(MODELLED_POINTS + 1))})
     totals = [cost.kv_bytes(config, n, storage)["total"] for n in marks]
     _add_line(fig, marks, totals, "this model, modelled (formula)", GREY, "dot")
-    heads = config.num_attention_heads
-    bases = {"GQA-8": GQA_HEADS, "MHA": heads} if heads > GQA_HEADS else {f"MHA = GQA-8, min(8, {heads}) KV heads": heads}
-    for (name, kv_heads), dash in zip(bases.items(), ("longdash", "solid"), strict=False):
+    for (name, kv_heads), dash in zip(_baselines(config).items(), ("longdash", "solid"), strict=False):
         dense = [cost.dense_kv_bytes(config, n, kv_heads, storage) for n in marks]
         _add_line(fig, marks, dense, f"{name}, modelled (formula)", VERMILLION, dash)
+
+
+def _baselines(config: Any) -> dict[str, int]:
+    """Dense caches to compare with, name -> KV heads: none where heads have no one width (MLA) or the cache is one itself."""
+    if not isinstance(config, HybridConfig | SharedStreamConfig | DenseConfig):
+        return {}
+    heads = config.num_attention_heads
+    bases = {"GQA-8": GQA_HEADS, "MHA": heads} if heads > GQA_HEADS else {f"MHA = GQA-8, min(8, {heads}) KV heads": heads}
+    own = config.num_key_value_heads if isinstance(config, DenseConfig) else 0
+    if 0 < own < heads <= GQA_HEADS:
+        bases = {"MHA": heads}
+    return {name: kv_heads for name, kv_heads in bases.items() if kv_heads > own}
 
 
 def _add_line(fig: go.Figure, x: list[int], y: list[int], name: str, colour: str, dash: str) -> None:
@@ -141,7 +156,7 @@ def _add_line(fig: go.Figure, x: list[int], y: list[int], name: str, colour: str
 
 def _parts(trace: Trace) -> list[str]:
     """The parts this run ever held, in the usual order; unknown ones of a foreign trace come last."""
-    known = [part for part in cost.PARTS if part in trace.cache_bytes]
+    known = [part for part in PART_ORDER if part in trace.cache_bytes]
     return [p for p in (*known, *sorted(set(trace.cache_bytes) - set(known))) if p != "total" and trace.cache_bytes[p].any()]
 
 
@@ -149,12 +164,14 @@ def _held(trace: Trace, step: int) -> int:
     return sum(int(trace.cache_bytes[part][step]) for part in _parts(trace))
 
 
-def _config(trace: Trace) -> HybridConfig | None:
-    """The configuration ``cost`` needs, or None for a run of another kind of model."""
+def _config(trace: Trace) -> Any:
+    """The configuration ``cost`` needs, or None for a run of a model it has no formula for."""
     try:
-        return HybridConfig.from_dict(trace.config)
+        config = read_config(trace.config)
+        cost.kv_bytes(config, 0, trace.storage)
     except InputError:
         return None
+    return config
 
 
 def _checked(trace: Trace, step: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PINK = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7"
+PURPLE = "#6a51a3"  # a ninth part, always hatched
 GREY = "#7d7d7d"
 GRID = "rgba(125, 125, 125, 0.25)"
 WINDOW_COLOUR, ENTRY_COLOUR, SINK_COLOUR = BLUE, VERMILLION, GREEN  # the three places attention goes, in every figure

@@ -13,7 +13,8 @@ import numpy as np
 
 from workbench.errors import InputError
 from workbench.figures import style
-from workbench.figures.attention import Head, check_head, describe_head, describe_layer, source_probs, top_sources
+from workbench.figures.attention import Head, check_head, describe_head, describe_layer, window_columns
+from workbench.figures.query import source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
 NEAR_TOKENS = 600  # shown on either side of the query
@@ -42,8 +43,8 @@ _CSS = """
 def text_view(trace: Trace, layer: int, head: Head, token: int) -> str:
     """HTML of the text around query ``token`` in which a token is coloured by how much the query looks at it.
 
-    A token's mass is what the window gives it plus the probability of every compressed entry it is a source of, which is
-    painted over all of an entry's tokens, not divided. The larger share picks the colour (entries are also underlined), the
+    A token's mass is what the window gives it plus the probability of every entry it is a source of, which is painted over
+    all of an entry's tokens, not divided. The larger share picks the colour (entries are also underlined), the
     square root of the mass its strength. Tokens carry ``data-token``. In a long text only the 600 tokens on either side and
     the passages of the strongest sources are shown, and each gap says how much it leaves out. Raises InputError for a layer,
     head or token the trace does not have.
@@ -62,22 +63,34 @@ def text_view(trace: Trace, layer: int, head: Head, token: int) -> str:
         near //= 2
     note = (
         f"Layer {layer} ({describe_layer(record)}), {describe_head(head)}: where token {token} looks. "
-        f"<bdi class='w' style='--a:50'> window </bdi> <bdi class='e' style='--a:50'> compressed entries </bdi> "
-        f"(an entry is painted over all of its source tokens) <bdi class='q'> query </bdi>"
+        f"{_legend(record)} <bdi class='q'> query </bdi>"
     )
     return f"<style>{_CSS}</style><div class='wb-text'><p>{note}</p>{body}</div>"
+
+
+def _legend(record: LayerTrace) -> str:
+    """The colours of the places that this layer's attention goes to."""
+    shown = ["<bdi class='w' style='--a:50'> window </bdi>"] if record.window else []
+    if record.of_tokens:
+        shown.append(f"<bdi class='e' style='--a:50'> {'chosen' if record.selects else 'attended'} tokens </bdi>")
+    elif record.ratio:
+        shown.append("<bdi class='e' style='--a:50'> compressed entries </bdi>")
+        if record.look_back or record.ratio > 1:
+            shown.append("(an entry is painted over all of its source tokens)")
+    return " ".join(shown)
 
 
 def painted_mass(record: LayerTrace, head: Head, token: int) -> tuple[np.ndarray, np.ndarray]:
     """Per token, [L] each: probability through the window, and of the entries made from it, summed where they overlap."""
     window, entries = np.zeros(record.length, np.float32), np.zeros(record.length + 1, np.float64)
     columns, probs, stands_for = source_probs(record, head, token)
+    tokens = window_columns(record)
     for column, prob, count in zip(columns.tolist(), probs.tolist(), stands_for.tolist(), strict=True):
-        if column < record.length:
+        if column < tokens:
             window[column] = prob
         else:
-            first = record.entry_tokens(column - record.length)[0]
-            last = record.entry_tokens(column - record.length + count - 1)[1]
+            first = record.entry_tokens(column - tokens)[0]
+            last = record.entry_tokens(column - tokens + count - 1)[1]
             entries[first] += prob  # a difference array: the running sum below paints the whole range
             entries[last + 1] -= prob
     return window, np.maximum(np.cumsum(entries)[:-1], 0.0).astype(np.float32)

@@ -1,61 +1,28 @@
 """The KV cache of one generation: per layer a window ring, compressed entries, index keys, the open block, or a row per token.
 
 Everything is preallocated and grows in steps, so a decoded token never copies the cache. ``nbytes`` counts what holds data;
-``nbytes_reserved`` the room beyond it. Letters: B batch, W window, D head dim, R compression ratio, K entries per query.
+``nbytes_reserved`` the room beyond it; ``bytes_read_by_part`` the stored rows handed out to attention. Attention reads what is
+stored, of the present call too, so that it makes no difference how a sequence is split into calls.
+Letters: B batch, W window, D head dim, R compression ratio, K entries per query.
 (reference/deepseek-v4.md, section 4)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig, SharedStreamConfig
+from workbench.config.parts import KV_PART, PARTS
 from workbench.errors import InputError, WorkbenchError
+from workbench.model.formats import RowFormat, row_formats
 
-STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIRST_ROWS, GROWTH = 64, 1.5
-PARTS = ("window", "compressed", "index", "tail", "engram")
-KV_PART = "kv"  # one row for every token: the keys and values of MHA and GQA, the latents of MLA
 
-
-class RowFormat(Protocol):
-    """How rows of ``width`` values are stored: ``stored_width`` elements of ``dtype`` each."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def stored_width(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """[..., width] floating point -> [..., stored_width]."""
-
-    def decode(self, stored: Tensor) -> Tensor:
-        """[..., stored_width] -> [..., width] floating point; decoding what was encoded changes nothing further."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlainFormat:
-    """Values as they are, rounded to ``dtype``."""
-
-    width: int
-    dtype: torch.dtype
-
-    @property
-    def stored_width(self) -> int:
-        return self.width
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return rows.to(self.dtype)
-
-    def decode(self, stored: Tensor) -> Tensor:
-        return stored
+Mark = dict[str, Any]  # what it takes to come back to a moment: counts, and copies of what later tokens overwrite
 
 
 class Rows:
@@ -76,6 +43,10 @@ class Rows:
         """Row numbers [B, T, K] -> their rows [B, T, K, D]."""
         return gather_rows(self._tensor, numbers)
 
+    def as_queries(self, queries: Tensor) -> Tensor:
+        """Queries [..., D] as they are to meet these rows: as they are."""
+        return queries
+
 
 def gather_rows(rows: Tensor, numbers: Tensor) -> Tensor:
     """rows [B, n, D], numbers [B, T, K] -> [B, T, K, D]. One index_select over all sequences: the fastest gather torch has."""
@@ -83,6 +54,16 @@ def gather_rows(rows: Tensor, numbers: Tensor) -> Tensor:
     if batch > 1:
         numbers = numbers + length * torch.arange(batch, device=numbers.device).view(-1, 1, 1)
     return rows.reshape(batch * length, width).index_select(0, numbers.flatten()).view(*numbers.shape, width)
+
+
+def _put(target: Tensor, values: Tensor) -> None:
+    """Copy values of a mark into their place. Raises InputError if they are not of its shape and dtype."""
+    if (values.shape, values.dtype) != (target.shape, target.dtype):
+        raise InputError(
+            f"expected {list(target.shape)} values of {target.dtype}, got {list(values.shape)} of {values.dtype}; is this"
+            " another cache's mark?"
+        )
+    target.copy_(values)
 
 
 class GrowingRows:
@@ -93,6 +74,7 @@ class GrowingRows:
         self._rows = torch.empty(batch, 0, form.stored_width, dtype=form.dtype, device=device)
         self._row_bytes = batch * form.stored_width * self._rows.element_size()
         self.length = 0
+        self.bytes_read = 0
 
     def append(self, rows: Tensor) -> None:
         if not rows.shape[1]:
@@ -114,11 +96,33 @@ class GrowingRows:
 
     def read(self, first: int = 0, stop: int | None = None) -> Tensor:
         """Rows first..stop-1, decoded, [B, n, D]; all of them unless told."""
-        return self.form.decode(self._rows[:, first : self.length if stop is None else min(stop, self.length)])
+        stored = self._rows[:, first : self.length if stop is None else min(stop, self.length)]
+        self.bytes_read += stored.shape[1] * self._row_bytes
+        return self.form.decode(stored)
 
     def gather(self, numbers: Tensor) -> Tensor:
         """Row numbers [B, T, K] -> their rows, decoded, [B, T, K, D]."""
+        self.bytes_read += numbers.shape[1] * numbers.shape[2] * self._row_bytes
         return self.form.decode(gather_rows(self._rows, numbers))
+
+    def as_queries(self, queries: Tensor) -> Tensor:
+        """Queries [..., D] as they are to meet these rows: rounded and rotated alike where the release does that."""
+        return self.form.as_queries(queries)
+
+    @property
+    def stored(self) -> Tensor:
+        """The rows as they lie in memory, [B, length, stored width]."""
+        return self._rows[:, : self.length]
+
+    def mark(self) -> Mark:
+        return {"length": self.length}
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier ``mark``, forgetting rows appended since; ``rows``, if it has them, are taken as ``stored``."""
+        if "rows" in mark:
+            self.reserve(mark["length"])
+            _put(self._rows[:, : mark["length"]], mark["rows"])
+        self.length = mark["length"]
 
     @property
     def nbytes(self) -> int:
@@ -137,30 +141,54 @@ class WindowRing:
         self._ring = torch.empty(batch, window, form.stored_width, dtype=form.dtype, device=device)
         self._row_bytes = batch * form.stored_width * self._ring.element_size()
         self.length = 0  # tokens seen
+        self.bytes_read = 0
 
     @property
     def held(self) -> int:
         return min(self.length, self._ring.shape[1])
 
     def last(self, count: int) -> Tensor:
-        """The newest ``count`` keys in token order, [B, count, D]."""
+        """The newest ``count`` keys in token order, decoded, [B, count, D]."""
+        self.bytes_read += count * self._row_bytes
         slots = torch.arange(self.length - count, self.length, device=self._ring.device) % self._ring.shape[1]
         return self.form.decode(self._ring[:, slots])
 
-    def read(self) -> Tensor:
-        """All keys held, [B, held, D], in the ring's order: no copy, and a softmax does not mind."""
-        return self.form.decode(self._ring[:, : self.held])
+    def read(self, in_order: bool) -> Tensor:
+        """All keys held, the newest just handed out by ``append``, decoded, [B, held, D].
 
-    def append(self, keys: Tensor) -> None:
+        ``in_order`` of tokens, or as they lie in the ring: then nothing is copied, and a softmax does not mind.
+        """
+        self.bytes_read += (self.held - 1) * self._row_bytes
+        slots: slice | Tensor = slice(0, self.held)
+        if in_order and self.length > self.held:
+            slots = torch.arange(self.length, self.length + self.held, device=self._ring.device) % self.held
+        return self.form.decode(self._ring[:, slots])
+
+    def append(self, keys: Tensor) -> Tensor:
+        """Take in keys [B, T, D]; returns them all as stored and decoded, the ones attention is to use."""
         window, count = self._ring.shape[1], keys.shape[1]
-        if count == 1:  # one decoded token has one slot
-            self._ring[:, self.length % window] = self.form.encode(keys[:, 0].detach())
-            self.length += 1
-            return
         kept = min(count, window)
-        slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
-        self._ring[:, slots] = self.form.encode(keys[:, count - kept :].detach())
+        first = (self.length + count - kept) % window
+        slots: slice | Tensor = slice(first, first + kept)  # as those of one token always are
+        if first + kept > window:
+            slots = torch.arange(first, first + kept, device=keys.device) % window
+        stored = self.form.encode(keys)
+        self._ring[:, slots] = stored[:, count - kept :].detach()
         self.length += count
+        self.bytes_read += count * self._row_bytes
+        return self.form.decode(stored)
+
+    def skip(self, count: int) -> None:
+        """Let ``count`` tokens pass whose keys nobody will read, because W more are appended before anyone looks."""
+        self.length += count
+
+    def mark(self) -> Mark:
+        return {"length": self.length, "ring": self._ring[:, : self.held].clone()}
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier ``mark``."""
+        self.length = mark["length"]
+        _put(self._ring[:, : self.held], mark["ring"])
 
     @property
     def nbytes(self) -> int:
@@ -175,8 +203,10 @@ class BlockTail:
     """What a compressor must remember between calls: the open block and, where blocks overlap, half of the last whole one.
 
     Kept in float32 like the reference. ``values`` and ``scores`` [B, R, width]; the overlap holds the "a" series only, because
-    the "b" series of a finished block is never read again.
+    the "b" series of a finished block is never read again. Its reading is not counted, as in the published figures.
     """
+
+    bytes_read = 0
 
     def __init__(self, batch: int, ratio: int, width: int, overlap: int, device: torch.device) -> None:
         self.ratio = ratio
@@ -208,6 +238,15 @@ class BlockTail:
             self._overlap.copy_(last_block.detach())
         self.blocks += finished
 
+    def mark(self) -> Mark:
+        return {"count": self.count, "blocks": self.blocks, "open": self.open.clone(), "overlap": self._overlap.clone()}
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier ``mark``."""
+        self.count, self.blocks = mark["count"], mark["blocks"]
+        _put(self.open, mark["open"])
+        _put(self._overlap, mark["overlap"])
+
     @property
     def nbytes(self) -> int:
         return self.count * self._row_bytes + (self._overlap_bytes if self.blocks else 0)
@@ -227,6 +266,11 @@ class LayerCache:
     index_tail: BlockTail | None = None
     kv: GrowingRows | None = None
 
+    def restart_window(self) -> None:
+        """Forget the window, whose keys are not next to the tokens that come now."""
+        if self.window is not None:
+            self.window.length = 0
+
     def parts(self) -> Iterator[tuple[str, WindowRing | GrowingRows | BlockTail]]:
         named = (("window", self.window), ("compressed", self.compressed), ("index", self.index))
         for part, store in (*named, ("tail", self.tail), ("tail", self.index_tail), (KV_PART, self.kv)):
@@ -237,23 +281,16 @@ class LayerCache:
 def layer_cache(config: ModelConfig, layer: int, batch: int, storage: str, device: torch.device) -> LayerCache:
     """An empty cache for one attention layer."""
     cache, kind, ratio = LayerCache(), config.layer_kinds[layer], config.compress_ratios[layer]
-    dtype = STORAGE[storage]
+    forms = row_formats(config, storage)
+    if kind in ("csa", "csa2-full", "mla-dsa"):
+        cache.index = GrowingRows(batch, forms["index"], device)
     if isinstance(config, DenseConfig | LatentConfig):
-        if isinstance(config, DenseConfig):
-            width = 2 * config.num_key_value_heads * config.head_dim
-        else:
-            width = config.kv_lora_rank + config.qk_rope_head_dim
-        cache.kv = GrowingRows(batch, PlainFormat(width, dtype), device)
-        if kind == "mla-dsa":
-            assert isinstance(config, LatentConfig)
-            cache.index = GrowingRows(batch, PlainFormat(config.index_head_dim, dtype), device)
+        cache.kv = GrowingRows(batch, forms[KV_PART], device)
         return cache
     d, i = config.head_dim, config.index_head_dim
-    cache.window = WindowRing(batch, config.sliding_window, PlainFormat(d, dtype), device)
+    cache.window = WindowRing(batch, config.sliding_window, forms["window"], device)
     if kind in ("csa", "hca", "csa2-full"):
-        cache.compressed = GrowingRows(batch, PlainFormat(d, dtype), device)
-    if kind in ("csa", "csa2-full"):
-        cache.index = GrowingRows(batch, PlainFormat(i, dtype), device)
+        cache.compressed = GrowingRows(batch, forms["compressed"], device)
     if kind == "csa":
         cache.tail = BlockTail(batch, ratio, 2 * d, d, device)
         cache.index_tail = BlockTail(batch, ratio, 2 * i, i, device)
@@ -272,6 +309,11 @@ class EngramState:
         width = config.hc_mult * config.hidden_size
         convolved = config.engram.layer_ids if config.engram.conv_kernel_size else ()
         self.conv = {layer: torch.zeros(batch, 0, width, device=device) for layer in convolved}
+        self.bytes_read = 0
+
+    def count_read(self) -> None:
+        """Every call reads all of it, as the calls before left it."""
+        self.bytes_read += self.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -286,8 +328,6 @@ class KVCache:
     """An empty cache for ``batch_size`` sequences that grow together; made by ``model.new_cache``."""
 
     def __init__(self, config: ModelConfig, batch_size: int, storage: str, device: torch.device) -> None:
-        if storage not in STORAGE:
-            raise InputError(f"storage {storage!r} is unknown; this model stores its cache as {sorted(STORAGE)}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
         self.config, self.batch_size, self.storage = config, batch_size, storage
@@ -304,14 +344,36 @@ class KVCache:
                 "this cache was left half-filled by an interrupted call; make a new one with model.new_cache()"
             )
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` tokens in all and no more, so that growing up to there copies nothing."""
+        for layer, ratio in zip(self.layers, self.config.compress_ratios, strict=True):
+            for _, store in layer.parts():
+                if isinstance(store, GrowingRows):
+                    store.reserve(tokens // ratio)
+
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes holding data, by part, for all sequences of the batch together."""
-        held = dict.fromkeys(PARTS, 0)
+        return self._by_part("nbytes")
+
+    def bytes_read_by_part(self) -> dict[str, int]:
+        """Bytes of stored rows that calls have read since the cache was made or ``reset_bytes_read`` was called.
+
+        A decoded token reads every index key, the selected entries, its window with its own key, and dense rows whole. The
+        open block (``tail``) is left out; rows that several chunks of a long call read count each time.
+        """
+        return self._by_part("bytes_read")
+
+    def reset_bytes_read(self) -> None:
+        for _, store in self._stores():
+            store.bytes_read = 0
+
+    def _by_part(self, what: str) -> dict[str, int]:
+        found = dict.fromkeys(PARTS, 0)
         if any(layer.kv is not None for layer in self.layers):
-            held[KV_PART] = 0
+            found[KV_PART] = 0
         for part, store in self._stores():
-            held[part] += store.nbytes
-        return held
+            found[part] += getattr(store, what)
+        return found
 
     @property
     def nbytes(self) -> int:

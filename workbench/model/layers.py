@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig, RopeConfig
+from workbench.config import DenseConfig, LatentConfig, ModelConfig, RopeConfig
 
 
 class Tap(nn.Module):
@@ -76,14 +76,18 @@ def rotary_frequencies(channels: int, theta: float, rope: RopeConfig | None = No
 
 
 class Rotary(nn.Module):
-    """Turns positions into unit complex numbers for ``rotate``; window-only layers use another base and no YaRN."""
+    """Turns positions into unit complex numbers for ``rotate``; V4's window-only layers use another base and no YaRN."""
 
     frequencies: Tensor
 
-    def __init__(self, config: HybridConfig, compressed: bool) -> None:
+    def __init__(self, config: ModelConfig, compressed: bool = False) -> None:
         super().__init__()
-        rope = config.compress_rope if compressed else None
-        theta = rope.theta if rope else config.rope_theta
+        if isinstance(config, DenseConfig | LatentConfig):
+            rope: RopeConfig | None = config.rope
+            theta = config.rope.theta
+        else:
+            rope = config.compress_rope if compressed else None
+            theta = rope.theta if rope else config.rope_theta
         frequencies = rotary_frequencies(config.qk_rope_head_dim, theta, rope)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -104,9 +108,22 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         torch.view_as_complex(out[..., -channels:].unflatten(-1, (-1, 2))).mul_(turns)  # in place: fewer operations and copies
         return out
     still, moving = x[..., :-channels], x[..., -channels:]
-    pairs = torch.view_as_complex(moving.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    pairs = moving.float().unflatten(-1, (-1, 2)).contiguous()
+    if pairs.storage_offset() % 2:  # a single row after an odd number of channels: contiguous as it is, but no complex number
+        pairs = pairs.clone()
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
     return torch.cat([still, turned], dim=-1)
+
+
+def rotate_halves(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the leading R channels of x, pairs (i, i + R / 2), by ``turns``: the layout of llama and of V3.2's indexer.
+
+    x [..., D]; turns complex, broadcastable to [..., R / 2].
+    """
+    channels = 2 * turns.shape[-1]
+    moving, still = x[..., :channels], x[..., channels:]
+    turned = torch.complex(*moving.float().chunk(2, dim=-1)) * turns
+    return torch.cat([turned.real.to(x.dtype), turned.imag.to(x.dtype), still], dim=-1)
 
 
 class GroupedProjection(nn.Module):

@@ -1,4 +1,7 @@
-"""Mixture of experts as in V4: sqrt-softplus scores, hash-routed first layers, one shared expert.
+"""Feed-forward layers: a SwiGLU alone, and mixtures of experts with one shared expert.
+
+V4's router takes sqrt-softplus scores, or a table in its hash-routed first layers, of which V4.1 has none; V3.2's sigmoid
+scores, limited to groups.
 
 Letters: N tokens (batch and time flattened), C model dim, E experts, K experts per token, I expert width.
 (reference/deepseek-v4.md, section 7)
@@ -6,11 +9,13 @@ Letters: N tokens (batch and time flattened), C model dim, E experts, K experts 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig
+from workbench.config import DeepSeekV4Config, LatentConfig
 from workbench.model.layers import Tap
 
 FEW_ASSIGNMENTS = 8  # of tokens to experts: up to here each is done by itself
@@ -18,6 +23,8 @@ FEW_ASSIGNMENTS = 8  # of tokens to experts: up to here each is done by itself
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit): the gate is bounded from above only."""
+    if limit == math.inf:
+        return F.silu(gate) * up
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
@@ -31,7 +38,7 @@ class Gate(nn.Module):
     tid2eid: Tensor
     bias: Tensor
 
-    def __init__(self, config: HybridConfig, hashed: bool) -> None:
+    def __init__(self, config: DeepSeekV4Config, hashed: bool) -> None:
         super().__init__()
         experts, k = config.n_routed_experts, config.num_experts_per_tok
         self.k, self.scaling = k, config.routed_scaling_factor
@@ -52,10 +59,37 @@ class Gate(nn.Module):
         return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling, chosen
 
 
+class GroupedGate(nn.Module):
+    """V3.2's router: the K best experts by s + bias among the best groups; a group counts for its two best experts.
+
+    s = sigmoid(W x); the weights come from the scores without the bias: w_e = s_e / sum(s) * routed_scaling_factor.
+    """
+
+    bias: Tensor
+    hashed = False
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.k, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.groups, self.kept_groups = config.n_group, config.topk_group
+        self.weight = nn.Parameter(torch.randn(config.n_routed_experts, config.hidden_size) * config.hidden_size**-0.5)
+        self.register_buffer("bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, C] -> weights [N, K] and expert numbers [N, K]; the token ids do not matter here."""
+        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        by_group = (scores + self.bias).unflatten(-1, (self.groups, -1))  # [N, G, E / G]
+        best = by_group.topk(2, dim=-1).values.sum(-1).topk(self.kept_groups, dim=-1, sorted=False).indices
+        left_out = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        chosen = by_group.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(1).topk(self.k, sorted=False).indices
+        weights = scores.gather(1, chosen)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling, chosen
+
+
 class Experts(nn.Module):
     """All routed experts, stacked: w13 [E, 2I, C] holds gate rows first, then up rows; w2 [E, C, I]."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: DeepSeekV4Config | LatentConfig) -> None:
         super().__init__()
         e, i, c = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.limit = config.swiglu_limit
@@ -92,27 +126,29 @@ class Experts(nn.Module):
         return torch.stack(out)
 
 
-class SharedExpert(nn.Module):
-    """The expert every token visits, with weight one."""
+class SwiGLU(nn.Module):
+    """w2 (silu(w1 x) * w3 x), clamped where ``limit`` says: a dense layer, or the expert that every token visits."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, hidden: int, width: int, limit: float = math.inf) -> None:
         super().__init__()
-        width = config.moe_intermediate_size * config.n_shared_experts
-        self.limit = config.swiglu_limit
-        self.w1 = nn.Linear(config.hidden_size, width, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, width, bias=False)
-        self.w2 = nn.Linear(width, config.hidden_size, bias=False)
+        self.limit = limit
+        self.w1 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(hidden, width, bias=False)
+        self.w2 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(clamped_swiglu(self.w1(x), self.w3(x), self.limit))
 
 
 class MoE(nn.Module):
-    def __init__(self, config: HybridConfig, hashed: bool) -> None:
+    """Routed experts and the shared one, which every token visits with weight one."""
+
+    def __init__(self, config: DeepSeekV4Config | LatentConfig, hashed: bool = False) -> None:
         super().__init__()
-        self.gate = Gate(config, hashed)
+        self.gate = GroupedGate(config) if isinstance(config, LatentConfig) else Gate(config, hashed)
         self.experts = Experts(config)
-        self.shared_experts = SharedExpert(config)
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = SwiGLU(config.hidden_size, shared, config.swiglu_limit)
         self.routing_tap = Tap()
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ which format: reference/deepseek-v4.md, section 0.) Products of a value and a po
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,7 @@ E2M1_MAX = 6.0
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits of a code; bit 3 is the sign
 FP4_BLOCK = 32  # values along K that share one scale
 E8M0_BIAS = 127
+FLOAT32_MANTISSA = 23  # bits
 
 
 def decode_scale(scale: Tensor) -> Tensor:
@@ -81,9 +84,7 @@ def dequantise_fp4(packed: Tensor, scale: Tensor) -> Tensor:
         raise InputError(f"FP4 weights must be packed in uint8, int8 or float4_e2m1fn_x2, got {packed.dtype}")
     if not packed.ndim or scale.shape[:-1] != packed.shape[:-1] or 2 * packed.shape[-1] != FP4_BLOCK * scale.shape[-1]:
         raise InputError(f"scales {_shape(scale)} do not fit packed FP4 {_shape(packed)}; expected one per {FP4_BLOCK} values")
-    signed = torch.tensor([*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)], device=packed.device)
-    both = torch.stack([signed.repeat(16), signed.repeat_interleave(16)], dim=-1)  # [256, 2]: a byte's low and high value
-    runs = both[packed.view(torch.uint8).int()].flatten(-2).unflatten(-1, (-1, FP4_BLOCK))  # [..., K / 32, 32]
+    runs = decode_e2m1(packed.view(torch.uint8)).unflatten(-1, (-1, FP4_BLOCK))  # [..., K / 32, 32]
     return _finite(runs.mul_(decode_scale(scale).unsqueeze(-1)), "FP4 tensor").flatten(-2)
 
 
@@ -97,20 +98,55 @@ def quantise_fp4(values: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"FP4 needs a last axis that is a multiple of {FP4_BLOCK}, got {_shape(values)}")
     runs = _finite(values.float(), "values").unflatten(-1, (-1, FP4_BLOCK))
     scale = _power_of_two_scale(runs.abs().amax(-1), E2M1_MAX)
-    scaled = runs / scale.float().unsqueeze(-1)
-    magnitude = scaled.abs().clamp(max=E2M1_MAX)
-    # Neighbours lie 0.5 apart below 2, then 1, then 2; torch.round sends ties to the even multiple, which has the even code.
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    grid = torch.tensor(E2M1_MAGNITUDES, device=values.device)
-    codes = torch.searchsorted(grid, torch.round(magnitude / step) * step).to(torch.uint8)
-    codes = (codes | (scaled.signbit().to(torch.uint8) << 3)).flatten(-2)
-    return codes[..., ::2] | (codes[..., 1::2] << 4), scale
+    return encode_e2m1((runs / scale.float().unsqueeze(-1)).flatten(-2)), scale
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Values [..., K], K even and magnitudes within 6, to the nearest E2M1 code, ties to even: [..., K / 2] uint8.
+
+    The earlier value of a pair takes the low four bits.
+    """
+    values = values.float()
+    magnitude = values.abs().clamp_(max=E2M1_MAX)
+    # From 1 on a code is the float's own exponent and first mantissa bit, rounded, less an offset; below, neighbours lie 0.5
+    # apart. Each of the two is at most the code where it does not apply.
+    bits = magnitude.view(torch.int32)
+    upper = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 2 * (E8M0_BIAS - 1)
+    lower = torch.round(2 * magnitude).clamp_(max=2).to(torch.int32)
+    codes = torch.maximum(upper, lower) | ((values.view(torch.int32) >> 28) & 8)
+    pairs = codes.to(torch.uint8).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
+
+
+def decode_e2m1(packed: Tensor) -> Tensor:
+    """Packed codes [..., K / 2] uint8 -> values [..., K] float32."""
+    pairs = _e2m1_pairs(packed.device).index_select(0, packed.reshape(-1).to(torch.int32))
+    return pairs.view(torch.float32).view(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+@cache
+def _e2m1_pairs(device: torch.device) -> Tensor:
+    """[256]: a byte's low and high value, two float32 side by side under one float64 so that one look-up fetches both."""
+    with torch.inference_mode(False):
+        signed = torch.tensor([*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)])
+        both = torch.stack([signed.repeat(16), signed.repeat_interleave(16)], dim=-1)
+        return both.view(torch.float64).squeeze(-1).to(device)
+
+
+def power_of_two(amax: Tensor, largest: float) -> Tensor:
+    """The exponent of the smallest power of two with amax / 2^exponent <= largest, int32; ``amax`` float32, normal, positive.
+
+    Bits of positive floats count up like the numbers, so their difference shifted by a mantissa is the exponent's: no
+    division or logarithm rounds here.
+    """
+    one_less_than_an_exponent = (1 << FLOAT32_MANTISSA) - 1
+    origin = int(torch.tensor(largest).view(torch.int32)) - one_less_than_an_exponent
+    return (amax.contiguous().view(torch.int32) - origin) >> FLOAT32_MANTISSA
 
 
 def _power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
     """The smallest E8M0 scale with amax / scale <= largest; 1 for a block of zeros."""
-    mantissa, exponent = torch.frexp(amax / largest)  # mantissa in [0.5, 1), so 0.5 is the power of two itself
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).masked_fill(amax == 0, 0)
+    exponent = power_of_two(amax, largest).masked_fill(amax == 0, 0)  # below the normal numbers it is clamped anyway
     return (exponent.clamp(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.model.engram import HostTable
 from workbench.model.hyper_connections import HyperConnection, HyperHead
-from workbench.model.transformer import V4Model
+from workbench.model.language_model import LanguageModel
 from workbench.training.recipes import Recipe
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
-def optimisers(model: V4Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimisers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Matrices of attention, experts and projections to Muon; embeddings, head, norms, mHC, gates and biases to AdamW."""
     matrices, tables, rest = [], [], []
     for module in model.modules():

@@ -1,29 +1,45 @@
 """What a trained model can do, measured on held-out text: needle recall, the indexer's hit rate, text loss; chance beside each.
 
-Far means beyond the sliding window and what the open blocks could still carry. A needle counts as found when the entry of its
-value token's block, or by overlap the next one, is among the k best. (reference/tiny-model.md, section 5)
+Far means beyond the sliding window and what the open blocks could still carry; models without a window are asked the tiny
+models' far questions. A needle counts as found when an entry that reads its value token is among the k best: with CSA's
+overlapping blocks its own block's or the next one, in V3.2 the token itself. (reference/tiny-model.md, section 5)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from workbench.config import ModelConfig
 from workbench.model.language_model import LanguageModel
 from workbench.recorder import selecting_attention
-from workbench.training import tasks
+from workbench.trace import SELECTING
+from workbench.training import tally, tasks
 
 SEED = 20260424  # of the held-out needles; training seeds are small numbers
 CHUNK = 512
+TALLY_LENGTH = 1024
+Sought = Callable[[tasks.RecallBatch], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def far_distance(model: LanguageModel) -> int:
-    """Tokens between value and question above which only compressed entries can help."""
-    return model.config.sliding_window + 2 * model.config.csa_ratio
+    """Tokens between value and question above which only compressed entries can help; without a window, as if it had one."""
+    config = model.config
+    return config.sliding_window + 2 * config.csa_ratio if config.sliding_window else tasks.FAR
+
+
+def entries_of(config: ModelConfig, layer: int, token: Any) -> list[Any]:
+    """The entries of ``layer`` that read ``token``, a number or an array of them; a token is in two overlapping CSA blocks."""
+    own = token // config.compress_ratios[layer]
+    return [own, own + 1] if config.layer_kinds[layer] == "csa" else [own]
+
+
+def selecting_layers(config: ModelConfig) -> list[int]:
+    return [layer for layer, kind in enumerate(config.layer_kinds) if kind in SELECTING]
 
 
 @torch.inference_mode()
@@ -42,44 +58,70 @@ def recall(model: LanguageModel, batches: Sequence[tasks.RecallBatch], topk: int
 
 
 def selected_entries(model: LanguageModel, ids: torch.Tensor, topk: int | None = None) -> dict[int, np.ndarray]:
-    """Entries each CSA layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
+    """Entries each selecting layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
     with selecting_attention(model) as seen, torch.inference_mode():
         model(ids.to(model.device), topk=topk)
     chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in seen.items()}
     return {layer: np.concatenate(chunks, axis=1) for layer, chunks in chosen.items()}
 
 
-def needle_hits(
-    model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int, topk: int | None = None
-) -> dict[str, float]:
-    """Share of far questions whose needle's entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
+def last_needles(batch: tasks.RecallBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, t, position): for each question, at t, where the value it asks for stood last."""
+    row, t = np.nonzero(batch.read_mask)
+    return row, t, batch.needle_position[row, t]
 
-    Per CSA layer and per query that may look it up: the key, next to last in the question, or the question's end. A model may
-    fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the end.
+
+def all_records(batch: tasks.RecallBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, t, position): for each question, at t, each place where some value of its key was written as a whole sentence."""
+    places = []
+    for row, t in zip(*np.nonzero(batch.read_mask), strict=True):
+        before = batch.ids[row, : t - 1]
+        named = np.flatnonzero((before[:-2] == batch.ids[row, t - 1]) & (before[1:-1] == batch.ids[row, t]))
+        places += [(row, t, at + 2) for at in named if not batch.text_mask[row, at]]
+    row, t, position = np.array(places, np.int64).reshape(-1, 3).T
+    return row, t, position
+
+
+def needle_hits(
+    model: LanguageModel,
+    batches: Sequence[tasks.RecallBatch],
+    k: int,
+    topk: int | None = None,
+    sought: Sought = last_needles,
+) -> dict[str, float]:
+    """Share of far needles whose entry is among the k best, as {"1 key": rate, "1 end": rate, "3 key": ...}.
+
+    Per selecting layer and per query that may look it up: the key, next to last in the question, or the question's end. A model
+    may fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the
+    end; empty for a model that does not select. ``sought`` says which needles a question has: the last one, or ``all_records``.
     """
     found: dict[str, list[np.ndarray]] = {}
-    ratio = model.config.csa_ratio
-    for batch in batches:
-        row, t = np.nonzero(batch.read_mask)
-        needle = batch.needle_position[row, t]
+    for batch in batches if selecting_layers(model.config) else ():
+        row, t, needle = sought(batch)
         distant = t - needle > far_distance(model)
-        row, t, block = row[distant], t[distant], needle[distant] // ratio
+        row, t, needle = row[distant], t[distant], needle[distant]
         for layer, entries in selected_entries(model, torch.from_numpy(batch.ids), topk).items():
             for query, back in (("key", 1), ("end", 0)):
                 best = entries[row, t - back, :k]
-                hit = ((best == block[:, None]) | (best == block[:, None] + 1)).any(1)
+                hit = np.any([best == entry[:, None] for entry in entries_of(model.config, layer, needle)], axis=(0, 2))
                 found.setdefault(f"{layer} {query}", []).append(hit)
     return {layer: float(np.concatenate(hits).mean()) for layer, hits in found.items()}
 
 
 def chance_hits(model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int) -> float:
-    """Expected hit rate when k of the visible entries are drawn at random, two of them being right."""
+    """Expected hit rate of a selecting layer when k of the visible entries are drawn at random; 0 without one."""
+    layers = selecting_layers(model.config)
+    if not layers:
+        return 0.0
+    ratio = model.config.compress_ratios[layers[0]]
+    right = len(entries_of(model.config, layers[0], np.zeros(1, int)))
     chances = []
     for batch in batches:
         row, t = np.nonzero(batch.read_mask)
         t = t[t - batch.needle_position[row, t] > far_distance(model)]
-        visible = (t + 1) // model.config.csa_ratio
-        chances.append(1 - np.clip((visible - k) * (visible - k - 1), 0, None) / (visible * (visible - 1)))
+        visible = (t + 1) // ratio
+        missed = np.prod([np.clip(visible - k - i, 0, None) / (visible - i) for i in range(right)], axis=0)
+        chances.append(1 - missed)
     return float(np.concatenate(chances).mean())
 
 
@@ -125,17 +167,69 @@ def score_model(model: LanguageModel, heldout: np.ndarray, *, quick: bool = Fals
     stream = tasks.RecallStream.asked_once(model.tokenizer, heldout)
     near = [stream.batch(rng, 8, 256) for _ in range(4 if quick else 24)]
     long = [stream.batch(rng, 1, 4096) for _ in range(1 if quick else 6)]
-    k = model.config.index_topk
-    return {
+    scores: dict[str, Any] = {
         "recall_256": recall(model, near),
-        "recall_256_top1": recall(model, near, topk=1),
         "recall_4096": recall(model, long),
         "haystack_4096": haystack_recall(model, heldout, 4096, 4 if quick else 40),
         "recall_chance": 1 / len(tasks.VALUES),
-        "hit_at_1": needle_hits(model, near, 1),
-        "hit_at_2": needle_hits(model, near, 2),
-        f"hit_at_{k}": needle_hits(model, near, k),
-        "hit_chance": {str(n): chance_hits(model, near, n) for n in (1, 2, k)},
+    }
+    if selecting_layers(model.config):
+        kept = (1, 2, model.config.index_topk)
+        scores["recall_256_top1"] = recall(model, near, topk=1)
+        scores |= {f"hit_at_{k}": needle_hits(model, near, k) for k in kept}
+        scores["hit_chance"] = {str(k): chance_hits(model, near, k) for k in kept}
+    return scores | {
         "text_loss": text_loss(model, heldout, windows=8 if quick else 64, length=256),
         "text_loss_uniform": float(np.log(model.config.vocab_size)),
+    }
+
+
+def window_reach(model: LanguageModel) -> int:
+    """Tokens, the last one included, that the sliding windows of all layers together can carry to the last one."""
+    return model.config.num_hidden_layers * (model.config.sliding_window - 1) + 1
+
+
+@torch.inference_mode()
+def window_recall(model: LanguageModel, batches: Sequence[tasks.RecallBatch]) -> float:
+    """Share of questions answered right by a model that is shown nothing but what its windows reach."""
+    right, reach = [], window_reach(model)
+    for batch in batches:
+        row, t = np.nonzero(batch.read_mask)
+        lines = np.stack([batch.ids[r, at + 1 - reach : at + 1] for r, at in zip(row, t, strict=True)])
+        guesses = model(torch.from_numpy(lines).to(model.device), logits="last")[:, -1].argmax(-1).cpu().numpy()
+        right.append(guesses == batch.ids[row, t + 1])
+    return float(np.concatenate(right).mean())
+
+
+def tally_batches(
+    model: LanguageModel, heldout: np.ndarray, sequences: int, length: int = TALLY_LENGTH
+) -> list[tasks.RecallBatch]:
+    """Held-out sequences with four keys each, all their records beyond what the windows reach."""
+    assert model.tokenizer is not None
+    rng = np.random.default_rng(SEED)
+    stream = tally.TallyStream(model.tokenizer, heldout, gap=window_reach(model))
+    return [stream.batch(rng, 4, length) for _ in range(sequences // 4)]
+
+
+def tally_scores(model: LanguageModel, heldout: np.ndarray, *, sequences: int = 80) -> dict[str, Any]:
+    """How often the most frequent value is named, by the number of entries that CSA layers keep, and what that is worth.
+
+    Beside it: all entries kept, the windows alone, a guess from one record drawn at random, blind chance, and the share of the
+    records of the key whose entry is among the k best.
+    """
+    batches = tally_batches(model, heldout, sequences)
+    most = model.config.index_topk
+    kept = sorted({1, 2, 3, 4, 6, 8, 12, most} & set(range(1, most + 1)))
+    return {
+        "counts": list(tally.TEST_COUNTS),
+        "length": TALLY_LENGTH,
+        "entries": TALLY_LENGTH // model.config.csa_ratio,
+        "questions": int(sum(batch.read_mask.sum() for batch in batches)),
+        "accuracy": {str(k): recall(model, batches, topk=k)["all"] for k in kept},
+        "accuracy_all_entries": recall(model, batches, topk=TALLY_LENGTH)["all"],
+        "accuracy_4096": recall(model, tally_batches(model, heldout, max(4, sequences // 8), 4096))["all"],
+        "window_alone": window_recall(model, batches),
+        "one_record": max(tally.TEST_COUNTS) / sum(tally.TEST_COUNTS),
+        "chance": 1 / len(tasks.VALUES),
+        "records_found": {str(k): needle_hits(model, batches[:6], k, sought=all_records) for k in kept},  # 960 records
     }

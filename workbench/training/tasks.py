@@ -15,7 +15,7 @@ from pydoc_data import topics as _topics
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from workbench.errors import InputError, WorkbenchError
 
@@ -103,35 +103,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1536) -> Tokenizer:
     return tokenizer
 
 
-def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Engram's tokenizer compression: [V] canonical id of every token, numbered in order of first appearance.
-
-    Tokens whose text is the same after NFKC, accents stripped, lower case and white space folded share an id; pieces of a
-    multi-byte character keep their own. (reference/engram-and-overlap.md, section 1.1)
-    """
-    mark = "\ue000"  # protects a token that is exactly one space from being stripped
-    normalise = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.NFD(),
-            normalizers.StripAccents(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
-            normalizers.Replace(Regex("^ $"), mark),
-            normalizers.Strip(),
-            normalizers.Replace(mark, " "),
-        ]
-    )
-    numbers: dict[str, int] = {}
-    out = []
-    for token in range(tokenizer.get_vocab_size()):
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        raw = tokenizer.id_to_token(token)
-        key = str(raw) if "\ufffd" in text else (normalise.normalize_str(text) or text)
-        out.append(numbers.setdefault(key, len(numbers)))
-    return np.asarray(out, np.int64)
-
-
 @dataclass(frozen=True, slots=True)
 class RecallBatch:
     """ids [B, T] int64. Position t is about predicting ids[t + 1]: ``text_mask`` where both are untouched text, ``read_mask``
@@ -186,7 +157,7 @@ class RecallStream:
             raise InputError(
                 f"sequences of {length} tokens need more text than {len(self.text)} tokens; give more or ask for less"
             )
-        return _stack([self._sequence(rng, length) for _ in range(batch_size)])
+        return stack([self._sequence(rng, length) for _ in range(batch_size)])
 
     @classmethod
     def asked_once(cls, tokenizer: Tokenizer, text_ids: np.ndarray) -> RecallStream:
@@ -240,7 +211,7 @@ class RecallStream:
         return ids, text_pairs, read, np.where(read, twin, -1)
 
 
-def _stack(rows: list[tuple[np.ndarray, ...]]) -> RecallBatch:
+def stack(rows: list[tuple[np.ndarray, ...]]) -> RecallBatch:
     return RecallBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 

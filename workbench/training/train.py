@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +26,19 @@ from torch import Tensor
 from workbench import checkpoint
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
-from workbench.model.transformer import V4Model
+from workbench.model.engram import canonical_ids
+from workbench.model.families import model_class
+from workbench.model.language_model import LanguageModel
+from workbench.model.moe import MoE
 from workbench.recorder import selecting_attention
-from workbench.training import tasks
+from workbench.training import tally, tasks
 from workbench.training.optimiser import optimisers
 from workbench.training.recipes import Phase, Recipe, recipe_named
-from workbench.training.score import needle_hits, recall, score_model, text_loss
+from workbench.training.score import all_records, needle_hits, recall, score_model, tally_batches, tally_scores, text_loss
 
 EVALUATE_EVERY = 50  # steps; the state is saved as often, so an interrupt costs less than that
 STATE_FILE = "resume.safetensors"
 Progress = Callable[[str, float], None]
-Streams = tuple[tasks.RecallStream, tasks.RecallStream]  # many questions per key, and one
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,32 @@ class Data:
     canonical: np.ndarray
 
 
+class Streams(NamedTuple):
+    """What batches are made from: many questions per key, one question per key, and many records per key."""
+
+    many: tasks.RecallStream
+    once: tasks.RecallStream
+    tally: tally.TallyStream
+
+
 def prepare(recipe: Recipe) -> Data:
-    """Corpus, tokenizer and canonical ids; the same for every recipe on one Python version."""
+    """Corpus, tokenizer and canonical ids; the same for every recipe on one Python version.
+
+    A recipe that starts from a checkpoint takes that one's tokenizer, which another Python version would not train alike.
+    """
     train_text, _ = tasks.corpus()
-    tokenizer = tasks.train_tokenizer([train_text], recipe.vocab_size)
+    started = checkpoint.load(recipe.start_from, device="cpu").tokenizer if recipe.start_from else None
+    tokenizer = started or tasks.train_tokenizer([train_text], recipe.vocab_size)
     encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)  # noqa: E731
-    return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), tasks.canonical_ids(tokenizer))
+    return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), canonical_ids(tokenizer))
 
 
-def build(recipe: Recipe, data: Data) -> V4Model:
-    """The untrained model of a recipe, from its seed."""
-    model = V4Model.untrained(recipe.config(int(data.canonical.max()) + 1), recipe.seed)
+def build(recipe: Recipe, data: Data) -> LanguageModel:
+    """The model that training starts with: untrained, from the recipe's seed, or with the weights of ``start_from``."""
+    config = recipe.config(int(data.canonical.max()) + 1)
+    model = model_class(config).untrained(config, recipe.seed)
+    if recipe.start_from:
+        model.load_state_dict(checkpoint.load(recipe.start_from, device="cpu").state_dict())
     if model.config.engram:
         model.engram_canonical_ids.copy_(torch.from_numpy(data.canonical))
     model.tokenizer = data.tokenizer
@@ -93,12 +110,23 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1][where], ids[:, 1:][where])
 
 
+def make_streams(recipe: Recipe, data: Data) -> Streams:
+    """The streams of training text that a recipe mixes."""
+    return Streams(
+        tasks.RecallStream(data.tokenizer, data.train_ids, short_share=recipe.short_share),
+        tasks.RecallStream.asked_once(data.tokenizer, data.train_ids),
+        tally.TallyStream.to_learn_from(data.tokenizer, data.train_ids, recipe.short_share),
+    )
+
+
 def make_batch(recipe: Recipe, data: Data, streams: Streams, phase: Phase, step: int) -> tasks.RecallBatch:
     """The batch of a step depends on seed and step alone, so an interrupted run goes on with the same data."""
     rng = np.random.default_rng([recipe.seed, step])
     plain, once = int(recipe.plain_share * phase.batch), math.ceil(recipe.once_share * phase.batch)
-    shares = zip(streams, (phase.batch - plain - once, once), strict=True)
-    parts = [stream.batch(rng, count, phase.length) for stream, count in shares if count]
+    many_records = int(recipe.tally_share * phase.batch)
+    counts = (phase.batch - plain - once - many_records, once, many_records)
+    makers = (streams.many.batch, streams.once.batch, streams.tally.batch)
+    parts = [make(rng, count, phase.length) for make, count in zip(makers, counts, strict=True) if count]
     if plain:
         parts.append(tasks.plain_batch(rng, data.train_ids, plain, phase.length))
     columns = ("ids", "text_mask", "read_mask", "needle_position")
@@ -114,7 +142,7 @@ def learning_rate(recipe: Recipe, step: int, total: int) -> float:
 
 
 def best_hit(point: dict[str, Any]) -> float:
-    """Needles found at the model's top-k by the CSA layer that finds most, at one point of the curve."""
+    """Needles found at the model's top-k by the layer that finds most, at one point of the curve."""
     return max(point["hit_at_topk"].values())
 
 
@@ -126,7 +154,7 @@ def warmed_up(curve: list[dict[str, Any]], phase: Phase) -> bool:
     return any(all(met[i : i + 3]) for i in range(len(met) - 2))
 
 
-def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> None:
+def balance_routers(model: LanguageModel, loads: dict[int, Tensor], step: float) -> None:
     """b_e += step * sign(mean load - load_e): aux-loss-free balancing of the score-routed layers."""
     for layer, load in loads.items():
         gate = model.blocks[layer].ffn.gate
@@ -135,7 +163,7 @@ def balance_routers(model: V4Model, loads: dict[int, Tensor], step: float) -> No
 
 
 @contextmanager
-def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
+def routed(model: LanguageModel) -> Iterator[dict[int, Tensor]]:
     """Tokens each expert got during the last forward pass, by layer."""
     loads: dict[int, Tensor] = {}
 
@@ -145,8 +173,8 @@ def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    experts = model.config.n_routed_experts
-    hooks = [b.ffn.routing_tap.register_forward_hook(note(i, experts)) for i, b in enumerate(model.blocks)]
+    mixtures = {i: block.ffn for i, block in enumerate(model.blocks) if isinstance(block.ffn, MoE)}
+    hooks = [ffn.routing_tap.register_forward_hook(note(i, len(ffn.experts.w13))) for i, ffn in mixtures.items()]
     try:
         yield loads
     finally:
@@ -155,9 +183,9 @@ def routed(model: V4Model) -> Iterator[dict[int, Tensor]]:
 
 
 def train_step(
-    model: V4Model, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
+    model: LanguageModel, optimiser: list[torch.optim.Optimizer], recipe: Recipe, batch: tasks.RecallBatch, dense: bool
 ) -> dict[str, float]:
-    """One optimiser step, CSA attending to all visible entries if ``dense``; returns the parts of the loss."""
+    """One optimiser step, layers that select attending to all visible entries if ``dense``; returns the parts of the loss."""
     ids = torch.from_numpy(batch.ids)
     with selecting_attention(model) as attention, routed(model) as loads:
         logits = model(ids, topk=ids.shape[1] if dense else None)
@@ -197,10 +225,7 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
     model = build(recipe, data)
     parts = optimisers(model, recipe)
     base_rates = [[group["lr"] for group in part.param_groups] for part in parts]
-    streams = (
-        tasks.RecallStream(data.tokenizer, data.train_ids, short_share=recipe.short_share),
-        tasks.RecallStream.asked_once(data.tokenizer, data.train_ids),
-    )
+    streams = make_streams(recipe, data)
     step, curve, cpu_before = (0, [], 0.0) if fresh else _resume(out, recipe, model, parts)
     cpu_start = time.process_time()
     ends = np.cumsum([phase.steps for phase in recipe.phases])
@@ -224,13 +249,16 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
         if step % EVALUATE_EVERY == 0 or step == total:
             spent = cpu_before + time.process_time() - cpu_start
             point = {"step": step, "cpu_s": round(spent, 1), "dense": dense}
-            curve.append(point | losses | quick_scores(model, data))
+            curve.append(point | losses | quick_scores(model, data) | (quick_tally(model, data) if recipe.tally_share else {}))
             _save_state(out, recipe, model, parts, {"step": step, "curve": curve, "cpu_s": spent})
     model.eval()
     model.what = "toy, trained"
     say("scoring", 1.0)
     checkpoint.save(model, out)
-    scores = score_model(checkpoint.load(out), data.heldout_ids)
+    trained = checkpoint.load(out)
+    scores = score_model(trained, data.heldout_ids)
+    if recipe.tally_share:
+        scores["tally"] = tally_scores(trained, data.heldout_ids)
     cpu = round(cpu_before + time.process_time() - cpu_start, 1)
     (out / "recipe.json").write_text(json.dumps(recipe.to_dict() | {"trained_with": circumstances(cpu)}, indent=1))
     (out / "curve.json").write_text(json.dumps(curve))
@@ -244,7 +272,7 @@ def circumstances(cpu_seconds: float) -> dict[str, Any]:
     return {"python": platform.python_version(), "torch": torch.__version__, "cpu_seconds": cpu_seconds}
 
 
-def quick_scores(model: V4Model, data: Data, batches: int = 4) -> dict[str, Any]:
+def quick_scores(model: LanguageModel, data: Data, batches: int = 4) -> dict[str, Any]:
     """Recall, hit rates and text loss on a few held-out batches, for the curve and the hand-over to sparse selection."""
     rng = np.random.default_rng(12345)
     stream = tasks.RecallStream.asked_once(data.tokenizer, data.heldout_ids)
@@ -254,14 +282,27 @@ def quick_scores(model: V4Model, data: Data, batches: int = 4) -> dict[str, Any]
     out = {
         "recall": far["far"],
         "hit_at_2": needle_hits(model, tests, 2),
-        "hit_at_topk": needle_hits(model, tests, model.config.index_topk),
+        "hit_at_topk": needle_hits(model, tests, model.config.index_topk or 0),
         "heldout_text": text_loss(model, data.heldout_ids, windows=8, length=256),
     }
     model.train()
     return out
 
 
-def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def quick_tally(model: LanguageModel, data: Data) -> dict[str, Any]:
+    """Answers to what was written most often, with top-k as configured and 1; all records of a key now count as needles."""
+    tests = tally_batches(model, data.heldout_ids, 8, 512)
+    model.eval()
+    out = {
+        "tally": recall(model, tests)["all"],
+        "tally_top1": recall(model, tests, topk=1)["all"],
+        "hit_at_topk": needle_hits(model, tests, model.config.index_topk, sought=all_records),
+    }
+    model.train()
+    return out
+
+
+def _tensors(model: LanguageModel, parts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for number, part in enumerate(parts):
         for key, state in part.state_dict()["state"].items():
@@ -269,7 +310,9 @@ def _tensors(model: V4Model, parts: list[torch.optim.Optimizer]) -> dict[str, Te
     return {name: value.contiguous().clone() for name, value in tensors.items()}
 
 
-def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer], note: dict[str, Any]) -> None:
+def _save_state(
+    out: Path, recipe: Recipe, model: LanguageModel, parts: list[torch.optim.Optimizer], note: dict[str, Any]
+) -> None:
     temporary = out / (STATE_FILE + ".part")  # tensors and note in one file, so that they can never disagree
     metadata = {"note": json.dumps({"recipe": recipe.to_dict()} | note)}
     save_file(_tensors(model, parts), temporary, metadata=metadata)
@@ -277,7 +320,7 @@ def _save_state(out: Path, recipe: Recipe, model: V4Model, parts: list[torch.opt
 
 
 def _resume(
-    out: Path, recipe: Recipe, model: V4Model, parts: list[torch.optim.Optimizer]
+    out: Path, recipe: Recipe, model: LanguageModel, parts: list[torch.optim.Optimizer]
 ) -> tuple[int, list[dict[str, Any]], float]:
     if not (out / STATE_FILE).exists():
         return 0, [], 0.0

@@ -16,15 +16,16 @@ from workbench.figures.attention import (
     Range,
     Tile,
     attention_tile,
+    column_count,
     composite_tile,
-    describe,
     describe_head,
     describe_layer,
     layer_thumbnails,
-    query_strip,
-    source_probs,
     thumbnails,
+    tokens_each,
+    window_columns,
 )
+from workbench.figures.query import describe, query_strip, source_probs
 from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.render import Pointer, as_output
@@ -42,6 +43,7 @@ VIEWS = {
 TILE_PIXELS = 520
 MIN_SIDE_PIXELS = 120  # a picture of few cells is stretched to this
 MIN_LABEL_PIXELS = 13  # cells at least this large are labelled one by one
+LABEL_PIXELS = 130  # beside a map, for the labels of its rows
 TICKS = 7
 TEXT_PIXELS = 300
 MOST_THUMBNAILS = 24  # of heads, and of layers; the menus list all
@@ -78,7 +80,7 @@ class AttentionExplorer(ipw.VBox):
         self.title, self.readout = ipw.HTML(), ipw.HTML(layout=ipw.Layout(min_height="44px"))  # two lines, so nothing jumps
         self.thumbnails = Pointer(mode="text", label="Thumbnails of layers and heads: choose one to look at it")
         self.map = Pointer(
-            mode="picture", label="Attention map", layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + 130}px")
+            mode="picture", label="Attention map", layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + LABEL_PIXELS}px")
         )
         self.strip = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="380px", margin="0 0 0 16px"))
         self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
@@ -174,7 +176,7 @@ class AttentionExplorer(ipw.VBox):
         with self.session.lock:
             if self.tile is None:
                 return
-            whole = whole_ranges(self.tile.layer, self.view.value)
+            whole = whole_ranges(self.tile.layer, view_of(self.tile.layer, self.view.value))
             old = self.tile.row_range, self.tile.column_range
             at = self._at or self._strongest(whole[1])
             rows, columns = (zoomed(r, w, a, by) for r, w, a in zip(old, whole, at, strict=True))
@@ -206,11 +208,12 @@ class AttentionExplorer(ipw.VBox):
             head: Head = self.session.head
             if isinstance(head, int) and not 0 <= head < record.heads:
                 head = "max"  # chosen in a layer or model with more heads
-            token, view = min(self.session.token, trace.length - 1), self.view.value
+            token, view = min(self.session.token, trace.length - 1), view_of(record, self.view.value)
             self._sync_controls(trace, record, head, token)
             self._draw("pictures", (*self._progress(trace), record.layer), self._draw_pictures, trace, record)
             self._draw("thumbnails", (self._drawn["pictures"], head), self._draw_thumbnails, record, head)
-            self._draw("map", (trace, record.layer, head, view, self._zoom), self._draw_map, trace, record, head, token)
+            map_of = (trace, record.layer, head, view, self._zoom)
+            self._draw("map", map_of, self._draw_map, trace, record, head, token, view)
             self._draw("mark", (self.tile, token), lambda: self.map.show(mark=self._mark(token)))
             self._draw(
                 "readout", (trace, record.layer, head, view, token, self._at), self._draw_readout, trace, record, head, token
@@ -234,12 +237,13 @@ class AttentionExplorer(ipw.VBox):
         old = None if self.tile is None else self.tile.layer
         if old is None or old is record:
             return
-        if record.length < old.length or record.ratio != old.ratio:  # another run, or other columns
+        before, now = window_columns(old), window_columns(record)
+        if record.length < old.length or (record.ratio, bool(now)) != (old.ratio, bool(before)):  # another run or other columns
             self._zoom = self._at = None
             return
 
         def moved(column: int) -> int:
-            return column + (record.length - old.length if column >= old.length else 0)
+            return column + (now - before if column >= before else 0)
 
         if self._zoom is not None:
             rows, (start, stop) = self._zoom
@@ -256,6 +260,7 @@ class AttentionExplorer(ipw.VBox):
                 if menu.options != options:
                     menu.options = options
                 menu.value = value
+            self.view.disabled = record.of_tokens  # there is one axis only
             self.token.max = trace.length - 1
             self.token.value = token
         finally:
@@ -271,8 +276,7 @@ class AttentionExplorer(ipw.VBox):
         buttons += [_button("head", h, f"head {h}" if isinstance(h, int) else f"{h}", png, h == head) for h, png in heads]
         self.thumbnails.show(html=f"{_THUMBNAIL_CSS}<div class='wb-thumbs'>{''.join(buttons)}</div>")
 
-    def _draw_map(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
-        view = self.view.value
+    def _draw_map(self, trace: Trace, record: LayerTrace, head: Head, token: int, view: str) -> None:
         rows, columns = self._zoom or whole_ranges(record, view)
         make = composite_tile if view == "composite" else attention_tile
         tile = self.tile = make(trace, record.layer, head, rows, columns, TILE_PIXELS)
@@ -287,6 +291,7 @@ class AttentionExplorer(ipw.VBox):
             pooled += "; no compressed entry here, so the window is shown"
         what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(head)}{pooled}"
         self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar()}")
+        self.map.layout.width = f"{width + LABEL_PIXELS}px"  # so that the chart stands next to it
         at = self._at
         inside = at is not None and all(a <= x < b for x, (a, b) in zip(at, (rows, columns), strict=True))
         self.map.show(
@@ -315,10 +320,10 @@ class AttentionExplorer(ipw.VBox):
     def _draw_readout(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         row, column = self._at or (token, -1)
         row = min(row, trace.length - 1)
-        if self._at is None or column >= record.length + record.entries:
+        if self._at is None or column >= column_count(record):
             self.readout.value = "Point at the map, or move over it with the arrow keys; a click or Enter chooses the query."
             return
-        if self.view.value == "composite":
+        if self.tile is not None and self.tile.composite:
             column = painted_column(record, head, row, min(column, record.length - 1))
         self.readout.value = readout(describe(trace, record.layer, head, row, column))
 
@@ -330,10 +335,15 @@ class AttentionExplorer(ipw.VBox):
         self.text.show(html=text_view(trace, record.layer, head, token))
 
 
+def view_of(record: LayerTrace, chosen: str) -> str:
+    """The view that is drawn: a layer whose entries are tokens has one only."""
+    return "both" if record.of_tokens else chosen
+
+
 def whole_ranges(record: LayerTrace, view: str) -> tuple[Range, Range]:
     """All rows, and the columns of a view; a layer without compressed entries shows its window instead."""
-    length, every = record.length, record.length + record.entries
-    columns = {"both": (0, every), "entries": (length, every), "window": (0, length), "composite": (0, length)}[view]
+    length, tokens, every = record.length, window_columns(record), column_count(record)
+    columns = {"both": (0, every), "entries": (tokens, every), "window": (0, tokens), "composite": (0, length)}[view]
     return (0, length), columns if columns[0] < columns[1] else (0, length)
 
 
@@ -349,14 +359,14 @@ def zoomed(old: Range, whole: Range, at: int, by: int) -> Range:
 def painted_column(record: LayerTrace, head: Head, row: int, token: int) -> int:
     """The column behind a token of the composite view: the token itself, or an entry made from it that got more."""
     columns, probs, stands_for = source_probs(record, head, row)
-    best, most = token, 0.0
+    best, most, tokens = token, 0.0, window_columns(record)
     for column, prob, count in zip(columns.tolist(), probs.tolist(), stands_for.tolist(), strict=True):
         first = last = column
-        if column >= record.length:
-            first = record.entry_tokens(column - record.length)[0]
-            last = record.entry_tokens(column - record.length + count - 1)[1]
+        if column >= tokens:
+            first = record.entry_tokens(column - tokens)[0]
+            last = record.entry_tokens(column - tokens + count - 1)[1]
         if first <= token <= last and prob > most:
-            own = record.length + token // record.ratio if count > 1 else column  # recorded pooled: the entry it lies in
+            own = tokens + token // record.ratio if count > 1 else column  # recorded pooled: the entry it lies in
             best, most = own, prob
     return best
 
@@ -366,7 +376,7 @@ def axis_labels(trace: Trace, tile: Tile, height: int, width: int) -> tuple[list
 
     Cells large enough are labelled one by one, with their token's text; otherwise a few positions are.
     """
-    length = tile.layer.length
+    length = tile.layer.length  # tokens, whether in a window or as entries
 
     def name(column: int, with_text: bool) -> str:
         if column >= length:
@@ -384,7 +394,7 @@ def axis_labels(trace: Trace, tile: Tile, height: int, width: int) -> tuple[list
 
 
 def ticks(start: int, stop: int, length: int) -> list[int]:
-    """Round token positions and round entry numbers (columns from ``length`` on), about TICKS of them."""
+    """Round token positions and round numbers of compressed entries (columns from ``length`` on), about TICKS of them."""
     step = 1
     while (stop - start) / step > TICKS:
         step = step * 2 if str(step)[0] in "15" else step * 5 // 2  # 1, 2, 5, 10, ...
@@ -398,8 +408,10 @@ def ticks(start: int, stop: int, length: int) -> list[int]:
 
 def column_title(tile: Tile) -> str:
     """What the columns are, with their unit."""
-    length, (start, stop) = tile.layer.length, tile.column_range
-    entry = f"compressed entry ({tile.layer.ratio} tokens each)"
+    layer, (start, stop) = tile.layer, tile.column_range
+    length, entry = layer.length, f"compressed entry ({tokens_each(layer)} each)"
+    if layer.of_tokens:
+        return "token position; a query " + ("sees the tokens it chose" if layer.selects else "sees every token up to its own")
     if tile.composite:
         return "token position; an entry is painted over its source tokens"
     if start >= length:
@@ -415,19 +427,22 @@ def readout(told: dict[str, Any]) -> str:
 
     sources = told["sources"]
     where = f"token {sources[0]}" if len(sources) == 1 else f"tokens {sources[0]}–{sources[-1]}"
-    column = "window" if told["entry"] is None else f"compressed entry {told['entry']}"
-    line = f"Query {told['query']} {quoted(told['query_text'])} → {column}, {where} {quoted(''.join(told['source_texts']))}: "
+    if told["column_kind"] != "token":  # where entries are tokens, there is but one kind
+        where = f"{'window' if told['entry'] is None else 'compressed entry ' + str(told['entry'])}, {where}"
+    line = f"Query {told['query']} {quoted(told['query_text'])} → {where} {quoted(''.join(told['source_texts']))}: "
     if not told["visible"]:
         why = "outside its window" if sources[-1] <= told["query"] and told["entry"] is None else "in its future"
         return f"{line}<b>not visible</b>, {why}."
-    maximum = f" (maximum of {told['pooled']} entries)" if told["pooled"] > 1 else ""
+    many = "tokens" if told["column_kind"] == "token" else "entries"
+    maximum = f" (maximum of {told['pooled']} {many})" if told["pooled"] > 1 else ""
     line += f"<b>probability {told['probability']:.3g}</b>{maximum}"
     if told["selected"] is None:
         return line + "."
     fate = "kept" if told["selected"] else "best one not kept" if told["runner_up"] else "not kept"
     if told["index_score"] is None:
         return f"{line}; {fate}."
-    return f"{line}; index score {told['index_score']:.4g}, rank {told['rank']} of {told['visible_entries']}, {fate}."
+    whose = "" if told["chosen_by"] == told["layer"] else f" in layer {told['chosen_by']}"
+    return f"{line}; index score{whose} {told['index_score']:.4g}, rank {told['rank']} of {told['visible_entries']}, {fate}."
 
 
 def _button(kind: str, value: Any, name: str, png: bytes, pressed: bool) -> str:

@@ -21,6 +21,8 @@ POLICIES = {"look up ahead (prefetch)": "prefetch", "look up when needed (serial
 WIDE, NARROW = ipw.Layout(width="100%"), ipw.Layout(width="min(100%, 320px)")
 TEXT_STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4; margin-top: 4px"
 LABELS = {"description_width": "110px"}
+TOPK_TOOLTIP = "Entries a query keeps in each layer that chooses"
+NO_TOPK_TOOLTIP = "This model attends to every token: nothing is chosen"
 
 
 class RunControls(ipw.VBox):
@@ -49,25 +51,29 @@ class RunControls(ipw.VBox):
             options=names, value=name if name in names else names[0], description="Model",
             tooltip="Loaded on the first start", layout=NARROW, style=LABELS,
         )  # fmt: skip
+        asked = trace.notes  # what the run on show was asked for is what another one starts from
+        new_tokens, temperature = _number(asked.get("max_new_tokens"), 64), _number(asked.get("temperature"), 0.0)
         self.max_new_tokens = ipw.BoundedIntText(
-            64, 1, MAX_NEW_TOKENS, description="New tokens", tooltip="Tokens to generate at most", layout=NARROW, style=LABELS
-        )
-        self.temperature = ipw.BoundedFloatText(
-            0.0, min=0.0, max=5.0, step=0.1, description="Temperature", tooltip="0: always the likeliest token", layout=NARROW,
+            new_tokens, 1, MAX_NEW_TOKENS, description="New tokens", tooltip="Tokens to generate at most", layout=NARROW,
             style=LABELS,
+        )  # fmt: skip
+        self.temperature = ipw.BoundedFloatText(
+            temperature, min=0.0, max=5.0, step=0.1, description="Temperature", tooltip="0: always the likeliest token",
+            layout=NARROW, style=LABELS,
         )  # fmt: skip
         self.topk = ipw.BoundedIntText(
             1,
             1,
             1,
             description="Index top-k",
-            tooltip="Compressed entries a query of a CSA layer keeps",
+            tooltip=TOPK_TOOLTIP,
             layout=NARROW,
             style=LABELS,
         )
         self.seed = ipw.BoundedIntText(
-            0, 0, 2**31 - 1, description="Seed", tooltip="Same seed, same text", layout=NARROW, style=LABELS
-        )
+            _number(asked.get("seed"), 0), 0, 2**31 - 1, description="Seed", tooltip="Same seed, same text", layout=NARROW,
+            style=LABELS,
+        )  # fmt: skip
         self.prefetch = ipw.Dropdown(
             options=POLICIES, description="Engram rows", tooltip="When the rows are fetched", layout=NARROW, style=LABELS
         )
@@ -82,7 +88,7 @@ class RunControls(ipw.VBox):
         settings = (self.model, self.max_new_tokens, self.temperature, self.topk, self.seed, self.prefetch)
         buttons = (self.start, self.pause, self.step, self.stop, self.progress)
         super().__init__([self.prompt, ipw.HBox(settings, layout=wrap), ipw.HBox(buttons, layout=wrap), self.status, self.text])
-        self._bound_topk(trace.config.get("index_topk"))
+        self._bound_topk(trace.config.get("index_topk"), at=_number(asked.get("topk"), 0))
         self.model.observe(self._model_chosen, names="value")
         self.start.on_click(self._start)
         for button, act in ((self.pause, self._pause_or_resume), (self.step, self._one_step), (self.stop, self._stop_run)):
@@ -102,7 +108,8 @@ class RunControls(ipw.VBox):
         settings = {
             "max_new_tokens": self.max_new_tokens.value,
             "temperature": self.temperature.value,
-            "topk": None if self.topk.value == self.topk.max else self.topk.value,  # None: all the model is made for
+            # None: all the model is made for
+            "topk": None if self.topk.disabled or self.topk.value == self.topk.max else self.topk.value,
             "seed": self.seed.value,
             "prefetch": self.prefetch.value,
         }
@@ -181,14 +188,20 @@ class RunControls(ipw.VBox):
             self._bound_topk(getattr(model.config, "index_topk", None))
         self._say("")
 
-    def _bound_topk(self, most: int | None) -> None:
-        """Let ``topk`` range from 1 to what the model is made for; a value at the old limit moves to the new one."""
-        self.topk.disabled = most is None
-        if most is not None:
+    def _bound_topk(self, most: int | None, at: int = 0) -> None:
+        """Let ``topk`` range from 1 to what the model is made for; a value at the old limit moves to the new one or ``at``."""
+        self.topk.disabled = not most
+        self.topk.description, self.topk.tooltip = ("Index top-k", TOPK_TOOLTIP) if most else ("No top-k", NO_TOPK_TOOLTIP)
+        if most:
             at_limit = self.topk.value == self.topk.max
             self.topk.max = most
             if at_limit:
-                self.topk.value = most
+                self.topk.value = at or most
+
+
+def _number(noted: Any, otherwise: Any) -> Any:
+    """A number that a trace noted; ``otherwise`` if it noted none."""
+    return noted if isinstance(noted, int | float) and not isinstance(noted, bool) else otherwise
 
 
 def _state_line(run: LiveRun | None, session: Session) -> str:

@@ -11,6 +11,7 @@ import ipywidgets as ipw
 
 from workbench.errors import WorkbenchError
 from workbench.trace import Trace
+from workbench.widgets.controls import NO_TOPK_TOOLTIP, TOPK_TOOLTIP
 from workbench.widgets.session import FINAL_STATES, Session, session_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _CSS = (
 class HideANeedle(ipw.VBox):
     """A text, a key, a code and a depth; "Hide and ask" runs the model on it and every widget of the session follows.
 
-    ``model`` is the trained model. What it answered, whether each CSA layer kept the needle's entry, and the chance of keeping
+    ``model`` is the trained model. What it answered, whether each layer that chooses kept the needle, and the chance of keeping
     it by luck stand in one table, beside an untrained model of the same shape when asked for. ``needle``, or a recording's
     own one, is what the source was asked for: its table is there at once.
     """
@@ -65,10 +66,11 @@ class HideANeedle(ipw.VBox):
         self.value = ipw.Text(
             "37", description="Code", tooltip="The models were trained on two digits", layout=NARROW, style=LABELS
         )
-        most = model.config.index_topk
+        most = model.config.index_topk or 0  # 0: the model attends to every token
         self.topk = ipw.IntSlider(
-            most, 1, most, description="Index top-k", tooltip="Entries a CSA layer keeps", layout=NARROW, style=LABELS
-        )
+            max(1, most), 1, max(1, most), description="Index top-k" if most else "No top-k", disabled=not most, layout=NARROW,
+            style=LABELS, tooltip=TOPK_TOOLTIP if most else NO_TOPK_TOOLTIP,
+        )  # fmt: skip
         self.compare = ipw.Checkbox(False, description="also ask an untrained model", indent=False, layout=NARROW)
         self.ask = ipw.Button(description="Hide and ask", button_style="primary", tooltip="Hide the needle and run the model")
         self.stop = ipw.Button(description="Stop asking", tooltip="End the run after its step", disabled=True)
@@ -89,7 +91,7 @@ class HideANeedle(ipw.VBox):
         trace = self.session.trace
         if needle is not None:
             self.key.value, self.value.value, self.tokens.value = needle.key, needle.value, len(needle.ids)
-            self.depth.value = round(100 * needle.position / len(needle.ids))
+            self.depth.value = round(100 * needle.depth)
         if needle is not None or "needle" in trace.notes:
             found = find_needle(trace, needle)
             self._show_answers([(trace, found)])
@@ -153,7 +155,8 @@ class HideANeedle(ipw.VBox):
         """Ask one model for the whole code; with ``watch`` every widget of the session follows."""
         from workbench.live import run
 
-        live = self._asked = run(model, needle.ids, max_new_tokens=len(needle.value_ids), topk=self.topk.value)
+        topk = None if self.topk.disabled else self.topk.value
+        live = self._asked = run(model, needle.ids, max_new_tokens=len(needle.value_ids), topk=topk)
         if watch:
             self.session.attach(live)
         live.wait()
@@ -179,7 +182,7 @@ class HideANeedle(ipw.VBox):
 
 
 class NeedleAnswer(ipw.HTML):
-    """One table: what each trace answered, and what each CSA layer's indexer made of the needle.
+    """One table: what each trace answered, and what each layer's indexer made of the needle.
 
     ``needle`` is what all of them were asked for; recordings remember their own.
     """
@@ -198,7 +201,7 @@ class NeedleRates(ipw.HTML):
 
 
 def needle_html(answers: list[tuple[Trace, dict[str, Any]]]) -> str:
-    """Per model its answer, and per CSA layer rank, kept or not, the chance of luck and attention; all text escaped."""
+    """Per model its answer, and per layer that chooses rank, kept or not, chance of luck and attention; all text escaped."""
     rows = []
     for trace, found in answers:
         verdict = "right" if found["right"] else "wrong"
@@ -212,8 +215,8 @@ def needle_html(answers: list[tuple[Trace, dict[str, Any]]]) -> str:
             rows.append([*lead, str(layer["layer"]), query, place, kept, f"{layer['chance']:.1%}", share])
             lead = ["", ""]
         if not found["layers"]:
-            rows.append([*lead, *"––––––"])
-    head = ("model", "answer", "CSA layer", "looked up at", "needle's entry, by index score", "kept?",
+            rows.append([*lead, "–", "–", "–" if found["selects"] else "nothing is left out: it sees every token", *"–––"])
+    head = ("model", "answer", "layer", "looked up at", "needle's entry, by index score", "kept?",
             "chance to keep it by luck", "most attention a head gives it")  # fmt: skip
     return _table(f"Hidden: the code “{answers[0][1]['expected']}”.", head, rows)
 
@@ -225,7 +228,9 @@ def rates_html(rates: Mapping[str, Mapping[str, Any]]) -> str:
     for name, result in rates.items():
         hits = [f"{result['hits'][look]:.0%}" if look in result["hits"] else "–" for look in looks]
         answered = [str(result["questions"]), f"{result['recall']:.0%}", f"{result['recall_chance']:.1%}"]
-        rows.append([name, f"top {result['topk']}", *answered, *hits, f"{result['hit_chance']:.0%}"])
+        kept, luck = result["topk"], result["hit_chance"]
+        kept_by_luck = "–" if luck is None else f"{luck:.0%}"
+        rows.append([name, "every token" if kept is None else f"top {kept}", *answered, *hits, kept_by_luck])
     head = (
         "",
         "kept entries",

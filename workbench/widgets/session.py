@@ -50,7 +50,7 @@ class Session(tl.HasTraits):
             self.show(source)
         else:
             self.attach(source)
-        self.layer = next((x.layer for x in self.trace.layers if x.kind == "csa"), self.layer)
+        self.layer = _first_layer(self.trace) if self.trace.layers else self.layer
         if isinstance(source, Trace) and source.length:
             self._open(source)
 
@@ -70,7 +70,7 @@ class Session(tl.HasTraits):
         with self.lock, self.hold_trait_notifications():
             self.trace = trace
             if numbers and self.layer not in numbers:
-                self.layer = next((x.layer for x in trace.layers if x.kind == "csa"), numbers[0])
+                self.layer = _first_layer(trace)
             live = self.run is not None and self.follow
             if live or self.token >= trace.length:
                 self.token = max(0, trace.length - 1)
@@ -137,6 +137,11 @@ class Session(tl.HasTraits):
                     self.state = state
             except Exception:  # a view that cannot draw this snapshot must not stop the painter
                 log.exception("a view could not show the latest snapshot")
+
+
+def _first_layer(trace: Trace) -> int:
+    """The layer that views open on: the first that chooses entries, if there is one."""
+    return next((x.layer for x in trace.layers if x.indexes), trace.layers[0].layer)
 
 
 # A session holds its source, so a strong reference here would keep both for ever.

@@ -75,11 +75,11 @@ class HybridAttention(nn.Module):
 
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]; the cache, if given, takes in the T tokens."""
-        turns = at.window_turns if self.kind == "window" else at.compressed_turns
+        turns = self._turns(at)
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim))
         q = rotate(rms_norm(q, self.eps), turns.unsqueeze(1))
-        new = rotate(self.kv_norm(self.wkv(x)), turns)
+        new = self._keys(x, turns)
         decoding = cache is not None and x.shape[1] == 1
         keys = self._keys_of_one(new, cache) if decoding and cache else self._with_past(new, cache)
         entries = self._entries(x, at.start, cache)
@@ -94,21 +94,37 @@ class HybridAttention(nn.Module):
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.wo_b(self.wo_a(rotate(out, turns.conj().unsqueeze(1)).flatten(2)))
 
+    def remember(self, x: Tensor, at: Positions, cache: LayerCache) -> None:
+        """Take x [B, T, C] in as ``forward`` does, without attending: the same cache for the price of its keys alone."""
+        assert cache.window is not None
+        kept = min(x.shape[1], self.window)  # keys that this very call pushes out of the window again are left out
+        cache.window.skip(x.shape[1] - kept)
+        cache.window.append(self._keys(x[:, -kept:], self._turns(at)[-kept:]))
+        self._entries(x, at.start, cache)
+        if self.kind == "csa":
+            self.indexer.remember(x, at.start, cache)
+
+    def _turns(self, at: Positions) -> Tensor:
+        return at.window_turns if self.kind == "window" else at.compressed_turns
+
+    def _keys(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Window keys of the tokens x [B, T, C], which are their values too, [B, T, D]."""
+        return rotate(self.kv_norm(self.wkv(x)), turns)
+
     def _with_past(self, new: Tensor, cache: LayerCache | None) -> Tensor:
         """[B, W - 1 + T, D]: the window keys before the new tokens, zeros where nothing had begun yet, and the new ones."""
         if cache is None:
             return F.pad(new, (0, 0, self.window - 1, 0))
         assert cache.window is not None
         past = cache.window.last(min(cache.window.length, self.window - 1)).to(new.dtype)
-        cache.window.append(new)
+        new = cache.window.append(new).to(new.dtype)
         return torch.cat([F.pad(past, (0, 0, self.window - 1 - past.shape[1], 0)), new], dim=1)
 
     def _keys_of_one(self, new: Tensor, cache: LayerCache) -> Tensor:
         """The window keys one decoded token attends to, itself among them, [B, 1..W, D]; in token order if somebody listens."""
         assert cache.window is not None
         cache.window.append(new)
-        keys = cache.window.last(cache.window.held) if self.attention_tap.listening else cache.window.read()
-        return keys.to(new.dtype)
+        return cache.window.read(in_order=self.attention_tap.listening).to(new.dtype)
 
     def _entries(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
         """All compressed entries complete after the new tokens, [B, S, D]; none in a window-only layer."""
@@ -144,7 +160,7 @@ class HybridAttention(nn.Module):
             closed = torch.arange(start + 1, start + t + 1, device=q.device) // self.ratio
         selection = runner_up = None
         kept = min(topk or self.topk, entries.length) if index is not None else entries.length
-        if index is not None and entries.length and (listening or kept < entries.length):
+        if index is not None and entries.length:
             best = select_entries(index.q[:, mine], index.w[:, mine], index.k, closed, kept + 1 if listening else kept)
             selection = Selection(best.scores[..., :kept], best.entries[..., :kept])
             runner_up = Selection(best.scores[..., kept:], best.entries[..., kept:])

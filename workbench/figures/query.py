@@ -1,0 +1,245 @@
+"""One query of one layer: what it does with a column, where it looks most, and all of it as a chart along the text.
+
+Columns are counted as in ``workbench.figures.attention``. One letter sizes: L tokens, S entries, W window, H heads.
+"""
+
+from __future__ import annotations
+
+from textwrap import wrap
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from workbench.errors import InputError
+from workbench.figures import style
+from workbench.figures.attention import (
+    Head,
+    check_head,
+    column_tokens,
+    describe_head,
+    describe_layer,
+    entry_name,
+    of_head,
+    window_columns,
+)
+from workbench.trace import LayerTrace, Trace
+
+MAX_POINTS = 256  # bars of one kind in a chart; more are pooled by their maximum
+TITLE_WIDTH = 54  # characters that fit a chart beside a map
+
+
+def describe(trace: Trace, layer: int, head: Head, row: int, column: int) -> dict[str, Any]:
+    """What one query does with one column, as plain values.
+
+    Keys: ``query``, ``query_text``; ``column``, ``column_kind`` ("window token", "compressed entry", or "token" where entries
+    are tokens), ``entry`` or None, ``sources`` and ``source_texts``; ``visible``; ``probability`` of the head, over ``pooled``
+    entries where rows were recorded pooled. Where entries are chosen also ``index_score`` and ``rank`` (1 is best) among
+    ``visible_entries``, ``selected``, ``runner_up`` (the best one not kept) and ``chosen_by``, the layer whose indexer it was;
+    None elsewhere. Texts are not escaped.
+    """
+    record = trace.layer(layer)
+    check_head(record, head)
+    _check_token(record, row)
+    sources = column_tokens(record, column)
+    tokens = window_columns(record)
+    entry = column - tokens if column >= tokens else None
+    closed = record.visible_entries(row)
+    out: dict[str, Any] = {
+        "layer": layer,
+        "layer_kind": record.kind,
+        "head": head,
+        "query": row,
+        "query_text": trace.token_texts[row],
+        "column": column,
+        "column_kind": "window token" if entry is None else entry_name(record),
+        "entry": entry,
+        "sources": sources,
+        "source_texts": tuple(trace.token_texts[t] for t in sources),
+        "visible": row - record.window < column <= row if entry is None else entry < closed,
+        "visible_entries": closed,
+        "probability": 0.0,
+        "pooled": 1,
+        "index_score": None,
+        "rank": None,
+        "selected": None,
+        "runner_up": None,
+        "chosen_by": None,
+    }
+    if not out["visible"]:
+        return out
+    if entry is None:
+        out["probability"] = float(of_head(record.window_probs[row], head)[column - row + record.window - 1])
+    elif record.selected is not None and record.selected_probs is not None:
+        out |= _describe_selection(record, trace.chooser(layer), row, entry)
+        if out["selected"]:
+            at = int(np.flatnonzero(record.selected[row] == entry)[0])
+            out["probability"] = float(of_head(record.selected_probs[row], head)[at])
+    elif record.entry_probs is not None:
+        out["pooled"] = record.entry_pooling(row)
+        out["probability"] = float(of_head(record.entry_probs[row], head)[entry // out["pooled"]])
+    return out
+
+
+def _describe_selection(record: LayerTrace, chooser: LayerTrace | None, row: int, entry: int) -> dict[str, Any]:
+    """Score, rank and fate of a visible entry. Kept entries rank before all others, however scores were rounded."""
+    assert record.selected is not None
+    kept = record.selected[row][record.selected[row] >= 0]
+    found: dict[str, Any] = {"selected": entry in kept, "runner_up": False, "index_score": None, "rank": None}
+    if chooser is None:
+        return found
+    found["chosen_by"], found["runner_up"] = chooser.layer, _runner_up(chooser, row) == entry
+    scores = chooser.index_scores(row)
+    found["index_score"] = float(scores[entry])
+    if found["selected"]:
+        found["rank"] = int(np.flatnonzero(kept == entry)[0]) + 1
+    else:
+        others = np.setdiff1d(np.arange(len(scores)), kept)
+        before = (scores[others] > scores[entry]) | ((scores[others] == scores[entry]) & (others < entry))
+        found["rank"] = len(kept) + int(before.sum()) + 1
+    return found
+
+
+def _runner_up(chooser: LayerTrace, token: int) -> int:
+    """The best entry that was not kept, -1 if there is none."""
+    return -1 if chooser.runner_up is None else int(chooser.runner_up[token])
+
+
+def source_probs(record: LayerTrace, head: Head, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every column query ``token`` attends to: columns [N], probabilities [N], entries each stands for [N], 1 if not pooled."""
+    tokens = window_columns(record)
+    columns = token - record.window + 1 + np.arange(record.window)
+    probs, stands_for = of_head(record.window_probs[token], head), np.ones(record.window, np.int64)
+    if record.selected is not None and record.selected_probs is not None:
+        kept = record.selected[token]
+        entry_columns, entry_probs = np.where(kept >= 0, tokens + kept, -1), of_head(record.selected_probs[token], head)
+        each = np.ones(len(kept), np.int64)
+    elif record.entry_probs is not None:
+        pooling, entry_probs = record.entry_pooling(token), of_head(record.entry_probs[token], head)
+        first = pooling * np.arange(len(entry_probs))
+        entry_columns, each = tokens + first, np.clip(record.visible_entries(token) - first, 1, pooling)
+    else:
+        entry_columns, entry_probs, each = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64)
+    columns = np.concatenate([columns, entry_columns])
+    probs, stands_for = np.concatenate([probs, entry_probs]), np.concatenate([stands_for, each])
+    seen = (columns >= 0) & (probs > 0)
+    return columns[seen], probs[seen], stands_for[seen]
+
+
+def top_sources(trace: Trace, layer: int, head: Head, token: int, k: int) -> list[dict[str, Any]]:
+    """The ``k`` columns query ``token`` attends to most, best first, each as ``describe`` tells it."""
+    record = trace.layer(layer)
+    check_head(record, head)
+    _check_token(record, token)
+    if k < 1:
+        raise InputError(f"k must be at least 1, got {k}")
+    columns, probs, _ = source_probs(record, head, token)
+    best = np.argsort(-probs, kind="stable")[:k]
+    return [describe(trace, layer, head, token, int(columns[i])) for i in best]
+
+
+def _check_token(record: LayerTrace, token: int) -> None:
+    if not 0 <= token < record.length:
+        raise InputError(f"the trace has tokens 0..{record.length - 1}, got {token}")
+
+
+def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.Figure:
+    """One query along the text: index scores of the visible entries with the kept ones marked, and where attention went.
+
+    The first row (only where entries are chosen) has one bar per visible entry with the score of the indexer that chose, the
+    second one bar per window token, attended entry and the sink, of those the layer has. An entry's bar covers its own block of
+    tokens. More than a few hundred bars are pooled by maximum.
+    """
+    record = trace.layer(layer)
+    check_head(record, head)
+    _check_token(record, token)
+    chooser = trace.chooser(layer)
+    indexed = chooser is not None and record.visible_entries(token) > 0
+    fig = make_subplots(rows=2 if indexed else 1, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    if chooser is not None and indexed:
+        _add_scores(fig, record, chooser, token)
+    _add_probs(fig, record, token, head, 2 if indexed else 1)
+    text = style.visible_text(trace.token_texts[token])
+    heading = f"layer {layer} ({describe_layer(record)}), {describe_head(head)}: query token {token} “{text}”"
+    lines = [*wrap(trace.label, TITLE_WIDTH), *wrap(heading, TITLE_WIDTH)]
+    above = 14 + 17 * len(lines) + 62  # the title and three lines of legend
+    style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + (310 if indexed else 170))
+    fig.update_layout(bargap=0, barmode="overlay", margin_t=above)
+    fig.update_xaxes(title_text="token position", row=2 if indexed else 1, col=1)
+    return fig
+
+
+def _add_scores(fig: go.Figure, record: LayerTrace, chooser: LayerTrace, token: int) -> None:
+    scores, name_of_one = chooser.index_scores(token), "token" if record.of_tokens else "entry"
+    entries = np.arange(len(scores))
+    kept = record.selected[token] if record.selected is not None else np.zeros(0, np.int32)
+    is_kept = np.isin(entries, kept[kept >= 0])
+    floor = min(0.0, float(scores.min() - 0.05 * np.ptp(scores)))  # bars stand on it: the higher, the better, also below zero
+    for name, mask, colour, symbol in (
+        ("not kept", ~is_kept, style.GREY, None),
+        ("kept", is_kept, style.ENTRY_COLOUR, "diamond"),
+    ):
+        x, y, width, first = _bars(record, entries[mask], scores[mask])
+        hover = name_of_one + " %{customdata[0]:.0f}<br>index score %{customdata[1]:.4g}<extra>" + name + "</extra>"
+        told = np.stack([first, y], axis=1)
+        bar = go.Bar(x=x, y=y - floor, base=floor, width=width, customdata=told, name=name, hovertemplate=hover)
+        bar.marker.color = colour
+        fig.add_trace(bar.update(opacity=0.55 if symbol else 0.8, showlegend=symbol is None, marker_line_width=0), row=1, col=1)
+        if symbol:
+            mark = go.Scatter(x=x, y=y, mode="markers", name=f"{name} ({int(mask.sum())} of {len(scores)})", hoverinfo="skip")
+            fig.add_trace(mark.update(marker={"color": colour, "symbol": symbol, "size": 8}), row=1, col=1)
+    runner = _runner_up(chooser, token)
+    if runner >= 0:
+        x, y, _, first = _bars(record, np.array([runner]), scores[[runner]])
+        hover = f"{name_of_one} {runner}, best one not kept<br>index score %{{y:.4g}}<extra></extra>"
+        mark = go.Scatter(x=x, y=y, mode="markers", name="runner-up", hovertemplate=hover)
+        fig.add_trace(mark.update(marker={"color": style.PINK, "symbol": "x", "size": 8}), row=1, col=1)
+    whose = "" if chooser is record else f" of layer {chooser.layer}"
+    fig.update_yaxes(title_text=f"index score{whose}", row=1, col=1)
+
+
+def _add_probs(fig: go.Figure, record: LayerTrace, token: int, head: Head, row: int) -> None:
+    columns, probs, stands_for = source_probs(record, head, token)
+    is_entry = columns >= window_columns(record)
+    entries, entry_probs = columns[is_entry] - window_columns(record), probs[is_entry]
+    order = np.argsort(entries)
+    pooled = int(stands_for[is_entry].max(initial=1))
+    bars = []
+    if record.ratio:
+        x, y, width, first = _bars(record, entries[order], entry_probs[order], pooled)
+        name = "tokens" if record.of_tokens else "compressed entries"
+        name += f" (maximum of {pooled})" if pooled > 1 else ""
+        hover = ("token" if record.of_tokens else "entry") + " %{customdata}<br>probability %{y:.3g}<extra></extra>"
+        look = {"name": name, "marker_color": style.ENTRY_COLOUR, "hovertemplate": hover}
+        bars.append(go.Bar(x=x, y=y, width=width, customdata=first, **look))
+    if record.window:
+        hover = "token %{x}<br>probability %{y:.3g}<extra></extra>"
+        look = {"name": "window tokens", "marker_color": style.WINDOW_COLOUR, "hovertemplate": hover}
+        bars.append(go.Bar(x=columns[~is_entry], y=probs[~is_entry], width=1, **look))
+    start = -0.5
+    if record.has_sink:
+        sink = float(of_head(record.sink_probs[token][:, None], head)[0])
+        unit = 0.02 * record.length  # the sink has no position: its bar stands before token 0
+        start = -3.5 * unit
+        look = {"name": f"sink ({sink:.2g})", "marker_color": style.SINK_COLOUR}
+        hover = "sink<br>probability %{y:.3g}<extra></extra>"
+        bars.append(go.Bar(x=[-2 * unit], y=[sink], width=unit, hovertemplate=hover, **look))
+    for bar in bars:
+        fig.add_trace(bar.update(opacity=0.85, marker_line_width=0), row=row, col=1)
+    fig.update_xaxes(range=[start, record.length])
+    fig.update_yaxes(title_text="probability", rangemode="tozero", row=row, col=1)
+
+
+def _bars(record: LayerTrace, entries: np.ndarray, heights: np.ndarray, each: int = 1) -> tuple[np.ndarray, ...]:
+    """Centre, height, width in tokens, and first entry of at most MAX_POINTS bars, for ascending entries.
+
+    ``each`` entries are covered by one given value already.
+    """
+    group = -(-len(entries) // MAX_POINTS) if len(entries) else 1
+    starts = np.arange(0, len(entries), group)
+    high = np.maximum.reduceat(heights, starts) if len(entries) else heights
+    first = entries[starts]
+    last = entries[np.minimum(starts + group, len(entries)) - 1] + each - 1
+    width = (last - first + 1) * record.ratio
+    return first * record.ratio + (width - 1) / 2, high, width, first
