@@ -213,7 +213,7 @@ class StreamIndexer(nn.Module):
         """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2], all keys of the stream."""
         q = rotate(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
-        return self.index_tap(IndexQueries(q, w, keys))
+        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
 
 
 class TokenIndexer(nn.Module):
