@@ -245,6 +245,11 @@ class LayerCache:
     index_tail: BlockTail | None = None
     kv: GrowingRows | None = None
 
+    def restart_window(self) -> None:
+        """Forget the window, whose keys are not next to the tokens that come now."""
+        if self.window is not None:
+            self.window.length = 0
+
     def parts(self) -> Iterator[tuple[str, WindowRing | GrowingRows | BlockTail]]:
         named = (("window", self.window), ("compressed", self.compressed), ("index", self.index))
         for part, store in (*named, ("tail", self.tail), ("tail", self.index_tail), (KV_PART, self.kv)):

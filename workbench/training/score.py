@@ -93,8 +93,7 @@ def needle_hits(
 
     Per selecting layer and per query that may look it up: the key, next to last in the question, or the question's end. A model
     may fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the
-    end; empty for a model that does not select.
-    ``sought`` says which needles a question has: the last one, or ``all_records``.
+    end; empty for a model that does not select. ``sought`` says which needles a question has: the last one, or ``all_records``.
     """
     found: dict[str, list[np.ndarray]] = {}
     for batch in batches if selecting_layers(model.config) else ():
