@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--prefetch", choices=("prefetch", "serial"), default="prefetch", help="when Engram rows are fetched")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    run.add_argument("--device", default="auto", help="auto, or as torch names it: cpu, cuda:1, mps")
     run.set_defaults(command=_run)
 
     cost = commands.add_parser("cost", help="count a published model's cache, work and fit, without running it")
