@@ -65,8 +65,8 @@ class PlainModel(LanguageModel):
         with torch.no_grad():
             model.embed.weight[:, :SHARED_CHANNELS] = SHARED_VALUE
             model.head.weight[:, :SHARED_CHANNELS] = 0.0  # it tells no word from another
-            block = model.blocks[0]
-            block.attn.look_back(block.attn_norm(model.embed.weight), model.rotary, LOOK_BACK_PAIRS, LOOK_BACK_SIZE)
+            block, pairs = model.blocks[0], min(LOOK_BACK_PAIRS, config.qk_rope_head_dim // 2)
+            block.attn.look_back(block.attn_norm(model.embed.weight), model.rotary, pairs, LOOK_BACK_SIZE)
         return model
 
     def run_layers(
