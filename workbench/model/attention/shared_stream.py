@@ -107,7 +107,10 @@ class SharedStreamAttention(nn.Module):
         """Take x [B, T, C] into the cache, window and stream, without attending to anything."""
         if self.kind == "csa2-full":
             self.publish(x, cache)
-        self._window_keys(x, self._turns(at), cache)
+        assert cache.window is not None
+        kept = min(x.shape[1], self.window)  # keys that this very call pushes out of the window again are left out
+        cache.window.skip(x.shape[1] - kept)
+        cache.window.append(self._keys(x[:, -kept:], self._turns(at)[-kept:]))
 
     def publish(self, x: Tensor, cache: LayerCache | None) -> Stream:
         """A Full layer's stream with the entries and index keys that x [B, T, C] completes; nothing is chosen yet."""
@@ -125,9 +128,13 @@ class SharedStreamAttention(nn.Module):
     def _turns(self, at: Positions) -> Tensor:
         return at.compressed_turns if self.ratio else at.window_turns
 
+    def _keys(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Window keys of the tokens x [B, T, C], which are their values too, [B, T, D]."""
+        return rotate(self.kv_norm(self.wkv(x)), turns)
+
     def _window_keys(self, x: Tensor, turns: Tensor, cache: LayerCache | None) -> tuple[Tensor, int]:
         """The W - 1 window keys before the new tokens, zeros where fewer are known, and theirs, [B, W - 1 + T, D]; how many."""
-        new = rotate(self.kv_norm(self.wkv(x)), turns)
+        new = self._keys(x, turns)
         if cache is None or cache.window is None:
             return F.pad(new, (0, 0, self.window - 1, 0)), 0
         known = min(cache.window.length, self.window - 1)
