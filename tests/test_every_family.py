@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,3 +203,12 @@ def test_rates_of_a_model_without_a_choice_are_recall_alone(spoken, family):
             needle_rates(spoken, 2)
         with pytest.raises(wb.InputError, match="attends to every token, so there is no topk"):
             run(spoken, "Hello", topk=2)
+
+
+def test_a_vocabulary_of_less_than_five_words_has_that_many_guesses(tmp_path):
+    config = replace(CONFIGS["gqa"], vocab_size=3)
+    found = run(model_class(config).untrained(config, seed=1), [0, 2, 1], max_new_tokens=4)
+    assert found.wait(60) and found.state == "done", found.error
+    again = Trace.load(found.trace.save(tmp_path / "t"))
+    assert again.top_ids.shape == again.top_probs.shape == (4, 3) and again.notes["max_new_tokens"] == 4
+    np.testing.assert_allclose(again.top_probs.sum(1), 1.0, rtol=1e-5)
