@@ -20,7 +20,7 @@ from workbench import runtime
 from workbench.cli import Progress, token_count
 from workbench.errors import InputError
 from workbench.measurements import LayerMeasurement
-from workbench.true_size import TrueSizeLayer, true_size_layer
+from workbench.true_size import MAX_LENGTH, TrueSizeLayer, true_size_layer
 
 LENGTHS = "8K,64K,512K,1M"
 LAYERS = "v4-flash:csa,v4-flash:hca,v4.1-flash:csa2-full,v3.2:mla-dsa,gqa-8:gqa"
@@ -70,10 +70,9 @@ def measure(preset: str, kind: str, options: argparse.Namespace, bar: Progress, 
     if lengths:
         rate = layer.cache.length / seconds
         found["fills"].append({"preset": preset, "kind": kind, "tokens": layer.cache.length, "seconds": seconds})
-        total = layer.measurements[-1].over_layers(layer.layers) if layer.layers else None
         print(f"{'':24} filled in {seconds:,.1f} s, {rate:,.0f} tokens/s", flush=True)
-        if total is not None:
-            print(row(f"  x {layer.layers} layers", total) + f"  ({total.label})")
+        total = layer.measurements[-1].over_layers(layer.layers)
+        print(row(f"  x {layer.layers}", total) + f"  ({total.label})", flush=True)
     for length in options.lengths:
         if length > longest:
             refused(layer, length, found)
@@ -118,6 +117,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         options.lengths = sorted({token_count(text) for text in options.lengths.split(",")} - {0})
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
+    if options.lengths[-1:] > [MAX_LENGTH]:
+        parser.error(f"lengths go up to {MAX_LENGTH:,} tokens, got {options.lengths[-1]:,}")
     options.layers = [(preset, kind) for preset, _, kind in (text.partition(":") for text in options.layers.split(","))]
     return options
 

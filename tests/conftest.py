@@ -1,7 +1,8 @@
 """What every test stands on: one torch thread, no downloads, and one policy for what a machine may lack.
 
-A test that needs ``transformers`` or a browser asks for the fixture ``transformers_oracle`` or ``chromium_path`` and is
-marked by it. Without them it is skipped with the reason; with CI=true it fails instead, so that CI cannot quietly test less.
+A test that needs ``transformers``, ``nemo-automodel`` or a browser asks for the fixture ``transformers_oracle``,
+``nemo_oracle`` or ``chromium_path`` and is marked by it. Without them it is skipped with the reason; with CI=true it fails
+instead, so that CI cannot quietly test less.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-MARK_OF_FIXTURE = {"transformers_oracle": "oracle", "chromium_path": "browser"}
+MARK_OF_FIXTURE = {"transformers_oracle": "oracle", "nemo_oracle": "oracle", "chromium_path": "browser"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +32,15 @@ def transformers_oracle() -> ModuleType:
         return importlib.import_module("transformers")
     except ImportError as error:
         missing(f'transformers cannot be imported ({error}); pip install -e ".[test]"')
+
+
+@pytest.fixture(scope="session")
+def nemo_oracle(transformers_oracle: ModuleType) -> ModuleType:
+    """The V4.1 model of ``nemo-automodel``, which stands on ``transformers``."""
+    try:
+        return importlib.import_module("nemo_automodel.components.models.deepseek_v41.model")
+    except ImportError as error:
+        missing(f"nemo-automodel cannot be imported ({error}); pip install --no-deps nemo-automodel==0.7.0")
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,23 @@
-"""Independent implementations that ours are compared with: models as ``transformers`` has them, at toy sizes.
+"""Independent implementations that ours are compared with, at toy sizes: models as ``transformers`` has them, and V4.1 as
+``nemo-automodel`` has it.
 
-``transformers`` is slow to import and needed by tests only, so it is imported inside the functions.
+Both are slow to import and needed by tests only, so they are imported inside the functions.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from workbench.config.common import EngramConfig
+from workbench.config.primes import table_primes
 
 WINDOW, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
@@ -169,10 +177,146 @@ def _random_weight(name: str, shape: torch.Size, experts: int, generator: torch.
     if leaf == "tid2eid":  # distinct experts for each token id
         return torch.rand(shape[0], experts, generator=generator).argsort(1)[:, : shape[1]]
     noise = torch.randn(shape, generator=generator)
-    if "norm" in name and leaf != "bias":
+    if ("norm" in name and leaf != "bias") or leaf in ("q_weight", "k_weight"):
         return 1 + 0.1 * noise
+    if "engram.embed" in name:
+        return noise
+    if leaf in ("gate_and_up_projs", "down_projs"):  # stored for x @ W
+        return noise * shape[-2] ** -0.5
     if leaf in ("scale", "hc_scale"):
         return 0.75 + 0.1 * noise
-    if leaf in ("sinks", "position_bias", "e_score_correction_bias", "base", "hc_base", "bias"):
+    biases = ("sinks", "position_bias", "e_score_correction_bias", "bias_vl", "base", "hc_base", "bias")
+    if leaf in biases or "sinks_param" in name:
         return 0.5 * noise
     return noise * shape[-1] ** -0.5
+
+
+# Schedules of V4.1 that have every kind of layer between them: ratios, KV sources, index sources, candidate source.
+V41_SCHEDULES: tuple[tuple[list[int], list[int], list[int], int], ...] = (
+    ([0, 0, 2, 2, 1, 1, 1, 1], [2, 4], [2, 4, 6], 4),
+    ([0, 1, 1, 1, 1], [1], [1, 3], 1),
+    ([2, 2, 0, 2, 1, 0, 1, 1], [0, 4], [0, 3, 4, 6], 4),
+    ([1, 1, 2, 2, 2], [0, 2], [0, 2, 3], -1),
+    ([0, 3, 3, 2, 2, 2], [1, 3], [1, 2, 3, 4, 5], 3),
+    ([0, 0], [], [], -1),
+    ([1], [0], [0], 0),
+    ([2, 2, 1, 1, 1], [0, 2], [0, 2, 4], -1),
+)
+
+
+def random_v41_config(seed: int) -> dict[str, Any]:
+    """Text settings of a tiny V4.1, as a released ``config.json`` has them, that differ with the seed.
+
+    There are 16 index heads, for the reason given above. Engram tables have as many rows as the hash rules give.
+    """
+    draw = random.Random(5000 + seed)
+    ratios, sources, index_sources, candidate = V41_SCHEDULES[seed % len(V41_SCHEDULES)]
+    heads, head_dim = draw.choice([2, 4, 6]), draw.choice([24, 32, 40])
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": draw.choice([32, 64]),
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": len(ratios),
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+        "qk_rope_head_dim": draw.choice([4, 8]),
+        "q_lora_rank": draw.choice([24, 32]),
+        "o_lora_rank": draw.choice([16, 20]),
+        "o_groups": draw.choice([1, 2]),
+        "sliding_window": draw.choice([3, 4, 7, 11]),
+        "n_routed_experts": draw.choice([5, 8]),
+        "num_experts_per_tok": draw.choice([2, 3]),
+        "routed_scaling_factor": draw.choice([1.5, 2.5]),
+        "swiglu_limit": draw.choice([1.0, 10.0]),
+        "compress_ratios": ratios,
+        "kv_source_layer_ids": sources,
+        "index_source_layer_ids": index_sources,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "index_topk": draw.choice([2, 3, 5]),
+        "candidate_source_layer_id": candidate,
+        "candidate_topk_blocks": draw.choice([2, 3]),
+        "candidate_block_size": draw.choice([2, 3, 4]),
+        "hc_mult": draw.choice([2, 4]),
+        "hc_sinkhorn_iters": draw.choice([3, 20]),
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "compress_rope_theta": 160000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 16,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 64,
+        },
+        "num_nextn_predict_layers": 0,
+        "dspark_noise_token_id": 0,
+        "engram_layer_ids": [],
+        "engram_num_embeddings": [],
+    }
+    if draw.random() < 0.75:
+        engram = EngramConfig(
+            layer_ids=tuple(sorted(draw.sample(range(len(ratios)), min(2, len(ratios))))),
+            vocab_size=draw.choice([23, 50]),
+            compressed_vocab_size=V41_WORDS - len(V41_TWINS),
+            max_ngram_size=draw.choice([2, 3, 4]),
+            n_heads=draw.choice([1, 2]),
+            head_dim=draw.choice([8, 16]),
+            pad_token_id=draw.choice([0, 9]),
+        )
+        settings |= {
+            "engram_layer_ids": list(engram.layer_ids),
+            "engram_num_embeddings": [sum(primes) for primes in table_primes(engram)],
+            "engram_vocab_size": engram.vocab_size,
+            "engram_compressed_vocab_size": engram.compressed_vocab_size,
+            "engram_max_ngram_size": engram.max_ngram_size,
+            "engram_n_heads": engram.n_heads,
+            "engram_head_dim": engram.head_dim,
+            "engram_pad_token_id": engram.pad_token_id,
+        }
+    return settings
+
+
+V41_WORDS, V41_TWINS = 64, ("W1", "W7", "Ẃ12", "ẅ3", "w20 ")  # tokens that tokenizer compression makes equal to others
+
+
+def v41_tokenizer() -> Tokenizer:
+    """64 words, five of which differ from others only by case, accents or white space."""
+    words = [f"w{n}" for n in range(V41_WORDS - len(V41_TWINS))]
+    vocabulary = {word: i for i, word in enumerate([*words, *V41_TWINS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def v41_oracle(folder: Path, seed: int = 0, **overrides: Any) -> tuple[dict[str, Any], Any]:
+    """(text settings, model in float32 and eval mode) of ``nemo-automodel``; the same model as a folder that ``load`` reads.
+
+    Every weight is random and large enough that a mistake shows. The cache's number formats are switched off, because a value
+    near the edge of a bin may fall to either side of it.
+    """
+    torch.compiler.set_stance("force_eager")  # the expert activation would be compiled for a minute
+    from nemo_automodel.components.models.common import BackendConfig
+    from nemo_automodel.components.models.deepseek_v41 import attention, config, model
+    from transformers import PreTrainedTokenizerFast
+
+    attention.quantize_cache = lambda values, **_: values
+    settings = random_v41_config(seed) | overrides
+    tokenizer = v41_tokenizer()
+    vision = config.DeepseekV41VisionConfig(num_hidden_layers=0)
+    whole = config.DeepseekV41Config(
+        text_config=config.DeepseekV41TextConfig(dtype="float32", **settings), vision_config=vision, dtype="float32"
+    )
+    backend = BackendConfig(attn="eager", linear="torch", rms_norm="torch_fp32", experts="torch_mm", dispatcher="torch")
+    oracle = model.DeepseekV41ForCausalLM(whole, backend=backend, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    oracle.initialize_weights(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: weight for name, weight in oracle.state_dict().items() if isinstance(weight, torch.Tensor)}
+    with torch.no_grad():
+        for name, weight in state.items():
+            weight.copy_(_random_weight(name, weight.shape, settings["n_routed_experts"], generator))
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({n: w.contiguous() for n, w in state.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v41", "text_config": settings}))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return settings, oracle.eval()

@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from workbench.config import EngramConfig, HybridConfig, RopeConfig
+from workbench.model.families import model_class
+from workbench.model.indexer import score_entries
 from workbench.model.transformer import V4Model
 
 CONFIG = HybridConfig(
@@ -45,10 +48,13 @@ CONFIG = HybridConfig(
 ENGRAM = EngramConfig(layer_ids=(1, 3), vocab_size=61, compressed_vocab_size=29, n_heads=2, head_dim=3, pad_token_id=7)
 
 
-def random_model(config: HybridConfig = CONFIG, seed: int = 0) -> V4Model:
-    """A model in which every term is random, also those that start at zero and would hide a mistake."""
+LEAST_GAP = 1e-5  # of scores that decide a choice in V4.1; below, rounding may turn them round
+
+
+def random_model(config: Any = CONFIG, seed: int = 0) -> Any:
+    """A model of any family in which every term is random, also those that start at zero and would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
-    model = V4Model(config)
+    model = model_class(config)(config)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             leaf = name.rpartition(".")[2]
@@ -104,11 +110,11 @@ def random_config(seed: int, *, engram: bool | None = None) -> HybridConfig:
     return config
 
 
-def random_ids(config: HybridConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+def random_ids(config: Any, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1000 + seed))
 
 
-def in_pieces(model: V4Model, ids: torch.Tensor, sizes: list[int], **settings: Any) -> torch.Tensor:
+def in_pieces(model: Any, ids: torch.Tensor, sizes: list[int], **settings: Any) -> torch.Tensor:
     """Logits of ``ids`` read through a cache in pieces of the given sizes."""
     assert sum(sizes) == ids.shape[1]
     cache = model.new_cache(ids.shape[0])
@@ -122,6 +128,47 @@ def random_pieces(length: int, seed: int) -> list[int]:
     while sum(sizes) < length:
         sizes.append(min(length - sum(sizes), draw.choice([1, 1, 2, 3, draw.randint(1, max(1, length // 3))])))
     return sizes
+
+
+def settled(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """[B, T] True up to the first token of a sequence whose choice of entries, candidate blocks or experts is nearly a tie."""
+    ties = torch.zeros(ids.shape, dtype=torch.bool)
+
+    def note(kept: torch.Tensor, next_best: torch.Tensor, start: int) -> None:
+        near = (kept - next_best < LEAST_GAP) & next_best.isfinite()
+        ties[:, start : start + near.shape[1]] |= near
+
+    def choice(_module: Any, _inputs: Any, record: Any) -> None:
+        if record.runner_up is not None and record.runner_up.scores.shape[-1]:
+            note(record.selection.scores[..., -1], record.runner_up.scores[..., 0], record.start)
+
+    def pool(_module: Any, _inputs: Any, index: Any) -> None:
+        if not index.k.length:
+            return
+        closed = (torch.arange(ids.shape[1]) + 1) // model.config.compress_ratios[source]
+        scores = score_entries(index.q, index.w, index.k, closed)
+        size, blocks = model.config.candidate_block_size, model.config.candidate_topk_blocks
+        best = torch.stack([part.amax(-1) for part in scores.split(size, dim=-1)], dim=-1)
+        best[:, torch.arange(len(closed)), ((closed - 1) // size).clamp(min=0)] = torch.inf
+        if best.shape[-1] > blocks:
+            ranked = best.sort(dim=-1, descending=True).values
+            note(ranked[..., blocks - 1], ranked[..., blocks], 0)
+
+    def routing(gate: Any, inputs: Any, _out: Any) -> None:
+        ranked = (F.softplus(inputs[0] @ gate.weight.T).sqrt() + gate.bias).sort(dim=-1, descending=True).values
+        if ranked.shape[-1] > gate.k:
+            note(*ranked[:, gate.k - 1 : gate.k + 1].view(*ids.shape, 2).unbind(-1), 0)
+
+    source = model.config.candidate_source_layer_id
+    hooks = [block.attn.attention_tap.register_forward_hook(choice) for block in model.blocks if block.attn.ratio]
+    hooks += [block.ffn.gate.register_forward_hook(routing) for block in model.blocks]
+    if source >= 0:
+        hooks.append(model.blocks[source].attn.indexer.index_tap.register_forward_hook(pool))
+    with torch.inference_mode():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return ties.cumsum(1) == 0
 
 
 @dataclass

@@ -42,7 +42,13 @@ def status_and_error(capsys, *arguments: str) -> tuple[int, str]:
         (["cost", "v4-pro", "--length", "5x"], "'5x'"),
         (["cost", "v4-pro", "--length", "2M"], "1048576"),
         (["cost", "v4-pro", "--length", "5", "--device", "abacus"], "'abacus'"),
+        (["cost", "v4-pro", "--length", "-5"], "--length"),
         (["cost", "v4-pro", "--length", "5", "--cards", "0"], "cards"),
+        (["cost", "v4-pro", "--length", "5", "--cards", "2.5"], "'2.5'"),
+        (["cost", "v4-pro", "--length", "5", "--batch", "0"], "batch"),
+        (["cost", "v4-pro", "--length", "5", "--tp", "0"], "tp"),
+        (["cost", "v4-pro", "--length", "5", "--cards", "12", "--tp", "8"], "tp=8 and cards=12"),
+        (["cost", "v4-flash", "--length", "5", "--cards", "128", "--tp", "128"], "tp=128 exceeds the model's 64"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, named):
@@ -213,30 +219,68 @@ def test_arguments_after_the_name_reach_a_benchmark_that_takes_some(capsys, benc
     assert "'nothing' takes no arguments, got '--lengths 8K'" in capsys.readouterr().err
 
 
-def test_cost_prints_a_table_that_names_formula_and_fit(capsys):
+def table(text):
+    """First word of each line -> its words; of lines that begin alike the last."""
+    return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+
+
+def test_cost_prints_a_table_that_names_formula_fit_and_rates(capsys):
     arguments = ["cost", "v4-flash", "--length", "1m", "--device", "H200", "ascend 910b", "--device", "B200", "--cards", "2"]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
-    assert "1,048,576 tokens; modelled (formula)" in text and "does not read FP8 caches" in text
-    assert lines["index"] == ["index", "0.374", "GB", "0.374", "GB"] and lines["without"][-2:] == ["3.688", "GB"]
-    table = {line.split()[0]: line for line in text.splitlines() if line.endswith(" bandwidth") and ":" not in line}
-    assert [line.split()[1] for line in table.values()] == ["yes", "NO", "yes"] and "(limit)" in table["h200"]
+    whole, devices = table(text.split("weights, modelled")[0]), table(text.split("weights, modelled")[1])
+    assert "1,048,576 tokens; modelled (formula)" in text and max(map(len, text.splitlines())) <= 120
+    assert whole["index"] == ["index", "0.374", "GB", "0.374", "GB"] and whole["without"][-2:] == ["3.688", "GB"]
+    assert "bytes of the published checkpoint: unknown" in text
+    assert devices["fits"] == ["fits", "yes", "NO", "yes"] and devices["longest"].count("(limit)") == 2
+    assert devices["KV"] == ["KV", "cache,", "stored", "as", "released", "BF16", "released"]
+    assert devices["index"][1:] == ["0.374", "GB", "1.409", "GB", "0.374", "GB"]
+    assert "ascend-910b: supports BF16 caches, not FP8: cache kept in BF16" in text and "figures uncertain" in text
+    assert "a single KV head (a latent) does not split" in text
+    assert devices["1"][2] == "-" and float(devices["1"][1]) < float(devices["1"][3])  # tokens/s per card
 
 
-def test_cost_says_what_is_unknown_and_what_is_published(capsys):
-    assert cli.main(["cost", "gqa-8", "--length", "4K"]) == cli.main(["cost", "v4.1-flash", "--length", "4K"]) == 0
-    dense, shared = capsys.readouterr().out.split("DeepSeek-V4.1-Flash")
-    assert "weights: unknown" in dense and "4,096 tokens" in dense
+def test_cost_splits_cards_into_groups_that_share_a_batch(capsys):
+    arguments = ["cost", "v4-pro", "--length", "1M", "--device", "h100", "--cards", "16", "--tp", "8", "--batch", "4"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    found = table(text.split("16 cards in 2 groups of 8")[1])
+    assert found["total"] == ["total", "10.562", "GB"] and found["fits"] == ["fits", "yes"]  # two sequences on every card
+    assert found["largest"][-1] == "4" and found["most"][-1] == "8" and found["bound"][-1] == "bandwidth"
+    rates = [float(found[count][1].replace(",", "")) for count in ("1", "2", "4", "8")]
+    assert rates == sorted(rates)
+
+
+def test_cost_says_what_is_unknown_extrapolated_and_published(capsys):
+    for arguments in (["gqa-8", "--length", "4K"], ["v3.2", "--length", "1M", "--device", "m3-ultra", "b200", "--cards", "8"]):
+        assert cli.main(["cost", *arguments]) == 0
+    dense, latent = capsys.readouterr().out.split("DeepSeek-V3.2")
+    assert "weights: unknown" in dense and "4,096 tokens" in dense and "EXTRAPOLATED" not in dense
+    assert "EXTRAPOLATED beyond the model's max_position_embeddings of 163,840" in latent and " *\n" in latent
+    assert cli.main(["cost", "v4.1-flash", "--length", "4K", "--device", "m3-ultra", "h100"]) == 0
+    shared = capsys.readouterr().out
     assert "weights, published: 307.000 GB" in shared and "890 B" in shared
+    assert "host and accelerator share one memory" in shared and "not one sequence" not in shared
+    assert table(shared)["weights"][0] == "weights" and "510.000 GB" in shared
+
+
+def test_cost_says_so_when_nothing_fits_and_when_nothing_is_held(capsys):
+    assert cli.main(["cost", "v4-pro", "--length", "1M", "--device", "rtx-4090"]) == 0
+    assert "not one sequence fits: no rates" in capsys.readouterr().out
+    assert cli.main(["cost", "v4-pro", "--length", "0", "--device", "h100", "--cards", "16"]) == 0
+    assert table(capsys.readouterr().out)["most"][-2:] == ["no", "limit"]
 
 
 def test_cost_as_json_holds_the_same_numbers_as_the_library(capsys):
-    assert cli.main(["cost", "v3.2", "--length", "100001", "--device", "h100", "--batch", "3", "--json"]) == 0
+    arguments = ["cost", "v3.2", "--length", "100001", "--device", "h100", "--cards", "16", "--tp", "8", "--batch", "3"]
+    assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {part: found["kv_bytes"][part] for part in ("kv", "index")} == {"kv": 61 * 656 * 100001, "index": 61 * 132 * 100001}
     assert found["decode_flops"]["total"] == wb.decode_flops("v3.2", 100001)["total"]
-    assert found["devices"][0]["kv_bytes_per_card"] == 3 * found["kv_bytes"]["total"]
+    (device,) = found["devices"]
+    assert device["kv_bytes_per_card"]["index"] == 2 * found["kv_bytes"]["index"]  # two of three sequences on the fuller group
+    assert device["most_concurrent_sequences"] == 2 * device["largest_batch_per_group"] == device["rates"][-1]["sequences"]
+    assert found["groups"] == 2 and found["sources"]["weights"]["certainty"] == "derived"
 
 
 def doctor(capsys) -> tuple[int, list[str]]:

@@ -18,6 +18,9 @@ ALLOWED = {
     "errors": set(),
     "config": set(),
     "presets": set(),
+    "devices": set(),
+    "sources": set(),
+    "weights": set(),
     "trace": {"numpy"},
     "cost": {"numpy"},
     "schedule": {"numpy"},
@@ -38,7 +41,11 @@ ALLOWED = {
 # What loading a layer may pull in, through any chain of imports at the top of files.
 NEVER_LOADED = {
     **dict.fromkeys(
-        ("", "errors", "config", "presets", "trace", "cost", "schedule", "measurements", "runtime", "cli"), {"torch", "plotly"}
+        (
+            *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
+            *("measurements", "runtime", "cli"),
+        ),
+        {"torch", "plotly"},
     ),
     **dict.fromkeys(
         ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets"}

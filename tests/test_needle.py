@@ -156,7 +156,7 @@ def test_a_trained_model_finds_needles_even_with_one_entry_and_an_untrained_one_
     look = max(one_entry["hits"], key=one_entry["hits"].get)
     assert trained["recall"] > 0.8 and one_entry["recall"] > 0.8 and one_entry["hits"][look] > 0.8
     assert untrained["recall"] < 0.2 and untrained["hits"][look] < 0.4  # chance is about 1 % and 6 %, of some 20 questions
-    assert one_entry["hit_chance"] < trained["hit_chance"] < 0.6 and one_entry["recall_chance"] == pytest.approx(1 / 90)
+    assert one_entry["hit_chance"] < trained["hit_chance"] < 0.7 and one_entry["recall_chance"] == pytest.approx(1 / 90)
     assert untrained["model"].startswith(f"{model.name} untrained (toy, untrained), measured on CPU")
 
 

@@ -18,8 +18,8 @@ from workbench.true_size import DECODE_ROOM, MAX_LENGTH, true_size_layer
 FLASH = wb.presets["v4-flash"]
 SMALL = replace(
     FLASH,
-    shape=replace(
-        FLASH.shape,
+    config=replace(
+        FLASH.config,
         hidden_size=52,
         num_attention_heads=3,
         head_dim=24,
@@ -119,7 +119,7 @@ def test_a_measurement_names_bytes_seconds_and_bandwidth(monkeypatch):
     assert late.floor_s == (late.read_bytes + made.weight_bytes) / 1e9 and late.over_floor == late.step_s / late.floor_s
     total = late.over_layers(made.layers)
     assert made.layers == 21 and total.held_bytes == 21 * late.held_bytes and total.step_s == 21 * late.step_s
-    assert total.label == "measured per layer x layers, 21 layers" and total.label.startswith(OVER_LAYERS)
+    assert total.label == "measured per layer x layers (21)" and total.label.startswith(OVER_LAYERS)
     stored = LayerMeasurement.from_dict(total.to_dict())
     assert stored == replace(total, origin="recorded")
     with pytest.raises(InputError, match="a total over 21"):

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 # At once, because a module of the same name would otherwise take the place of the mapping when something imports it.
-from workbench.presets import devices as devices
+from workbench.devices import devices as devices
 from workbench.presets import presets as presets
 
 __version__ = "0.1.0"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from workbench.config import read_config
 from workbench.errors import InputError
-from workbench.model.engram import check_canonical_ids
+from workbench.model.engram import canonical_ids, check_canonical_ids
 from workbench.model.families import model_class
 from workbench.model.language_model import LanguageModel
 from workbench.model.quant import dequantise_fp4, dequantise_fp8_blocks
@@ -39,11 +39,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # dtypes as safetensors headers spell them
 FLOATS, INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32", "I16", "I8", "U8"}
 FP8, FP4, PACKED_FP4 = "F8_E4M3", "F4", {"I8", "U8"}
+CANONICAL = "engram_canonical_ids"
+TABLE_BLOCK = (1, 32)  # an Engram row in FP8 brings a scale for each 32 of its channels
 
 # Float32 in the release, and here whatever the model computes in. Norms are small too, so `save` spares them its rounding.
 _FLOAT32 = re.compile(r"(^|\.)hc_|\.ape$|\.attn_sink$|\.gate\.bias$")
 _STORED_FLOAT32 = re.compile(_FLOAT32.pattern + "|norm")
-_IGNORED = re.compile(r"^mtp\.|(^|\.)rotary_emb\.|inv_freq$")  # multi-token prediction; tables we compute ourselves
+# Multi-token prediction and drafting; what V4.1 sees images with; tables we compute ourselves.
+_IGNORED = re.compile(r"^mtp\.|^(vision|aligner)\.|^image_|\.bias_vl$|(^|\.)rotary_emb\.|inv_freq$")
+_TRANSPOSED = re.compile(r"\.experts\.(gate_and_up|down)_projs$")  # stacked for x @ W, in V4.1's other implementation
+_TABLE = re.compile(r"\.engram\.embed\.weight$")
 _EXPERTS = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(w13|w2)$")
 # From any spelling (our modules' too) to the released one, in order; each rule leaves released names as they are.
 _RENAMES = tuple(
@@ -57,7 +62,7 @@ _RENAMES = tuple(
         (r"\.post_attention_layernorm\.", ".ffn_norm."),
         (r"\.(attn|ffn)_hc\.", r".hc_\1."),
         (r"\bhc_(attn|ffn|head)\.(?:hc_)?(fn|base|scale)$", r"hc_\1_\2"),
-        (r"\.sinks$", ".attn_sink"),
+        (r"\.sinks(_param\.weight)?$", ".attn_sink"),
         (r"\.position_bias$", ".ape"),
         (r"\.compressor\.indexer\.", ".indexer."),
         (r"\.indexer\.scorer\.", ".indexer."),
@@ -69,8 +74,8 @@ _RENAMES = tuple(
         (r"\.kv_proj\.", ".wkv."),
         (r"\.([qo])_([ab])_proj\.", r".w\1_\2."),
         (r"\.e_score_correction_bias$", ".bias"),
-        (r"\.experts\.gate_up_proj$", ".experts.w13"),
-        (r"\.experts\.down_proj$", ".experts.w2"),
+        (r"\.experts\.(gate_up_proj|gate_and_up_projs)$", ".experts.w13"),
+        (r"\.experts\.down_projs?$", ".experts.w2"),
         (r"(experts(?:\.\d+)?)\.gate_proj\.", r"\1.w1."),
         (r"(experts(?:\.\d+)?)\.down_proj\.", r"\1.w2."),
         (r"(experts(?:\.\d+)?)\.up_proj\.", r"\1.w3."),
@@ -137,15 +142,23 @@ def load(source: str | Path, *, device: str = "auto", dtype: torch.dtype | None 
             raise InputError(f"{folder / CONFIG_FILE} describes no model that can be built: {error}") from None
         if settings.get("tie_word_embeddings"):
             weights.tie_head()
+        tokenizer = _read_tokenizer(folder, config.vocab_size)
+        derived = None
+        if tokenizer and CANONICAL in expected and CANONICAL not in weights.stored:  # a release leaves them to its tokenizer
+            derived = torch.from_numpy(canonical_ids(tokenizer))
+            expected.pop(CANONICAL)
         weights.check(expected)
         _check_memory(expected, where, dtype)
         model = model_class(config)(config)
         if dtype is not torch.float32:
             convert(model, dtype)
-        weights.fill(model.state_dict(), _fp8_block(settings))
+        targets = model.state_dict()
+        if derived is not None:
+            targets.pop(CANONICAL).zero_()[: len(derived)] = derived
+        weights.fill(targets, _fp8_block(settings))
     _check_tables(model)
     model.name, model.what = folder.resolve().name, "toy, trained" if folder.parent == ASSETS else "weights from a folder"
-    model.tokenizer = _read_tokenizer(folder, config.vocab_size)
+    model.tokenizer = tokenizer
     return model.to(where).eval()
 
 
@@ -207,8 +220,8 @@ def released_name(name: str, family: str = "deepseek_v4") -> str | None:
         for theirs, ours in _NAMES_OF_FAMILY[family]:
             name = name.replace(theirs, ours)
         return name
-    if ".engram." in name:  # ours: never renamed
-        return name
+    if ".engram." in name:
+        return name.replace(".engram.table.", ".engram.embed.")  # V4 has no Engram, so all of it goes by V4.1's names
     for pattern, released in _RENAMES:
         name = pattern.sub(released, name)
     return name
@@ -225,7 +238,7 @@ def saved_name(name: str, family: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """One tensor in a file, not yet read; ``shape`` as its header has it."""
+    """One tensor in a file, not yet read; ``shape`` as the model has it, should the file hold it the other way round."""
 
     file: Any  # an open safetensors file
     name: str
@@ -233,7 +246,8 @@ class _Stored:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+        values = self.file.get_tensor(self.name)
+        return values.mT if _TRANSPOSED.search(self.name) else values
 
 
 class _Weights:
@@ -247,7 +261,10 @@ class _Weights:
             file = stack.enter_context(_open(path))
             for raw in file.keys():  # noqa: SIM118 - not a dict
                 header = file.get_slice(raw)
-                self._add(_Stored(file, raw, header.get_dtype(), tuple(header.get_shape())))
+                shape = tuple(header.get_shape())
+                if _TRANSPOSED.search(raw):
+                    shape = (*shape[:-2], *reversed(shape[-2:]))
+                self._add(_Stored(file, raw, header.get_dtype(), shape))
 
     def _add(self, entry: _Stored) -> None:
         scaled = _scaled_name(entry.name)
@@ -298,7 +315,7 @@ class _Weights:
             try:
                 values = entry.read()
                 if scale and entry.dtype == FP8:
-                    values = dequantise_fp8_blocks(values, scale.read(), fp8_block)
+                    values = dequantise_fp8_blocks(values, scale.read(), TABLE_BLOCK if _TABLE.search(name) else fp8_block)
                 elif scale:
                     values = dequantise_fp4(values, scale.read())
             except (InputError, SafetensorError) as error:

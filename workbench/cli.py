@@ -13,18 +13,18 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from workbench import runtime
+from workbench.devices import devices
 from workbench.errors import InputError, WorkbenchError
-from workbench.presets import devices, presets
+from workbench.presets import presets
 
 START_PAGE = "notebooks/00_start_here.ipynb"
 BAR_WIDTH = 24
-COST_COLUMNS = (15, 5, 14, 14, 21, 15, 13, 11)  # widths of the table of devices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,8 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--length", required=True, type=token_count, metavar="N[K|M]", help="tokens; K is 1,024 and M 1,048,576")
     cost.add_argument("--device", nargs="+", action="extend", default=[], metavar="D", help=f"any of {', '.join(devices)}")
     cost.add_argument("--cards", type=int, default=1, metavar="N", help="devices that share the work (default %(default)s)")
-    cost.add_argument("--batch", type=int, default=1, metavar="N", help="sequences decoded together (default %(default)s)")
-    cost.add_argument("--json", action="store_true", help="the same for programs")
+    cost.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cards of a tensor-parallel group (default %(default)s); cards / tp groups share the batch",
+    )
+    cost.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="sequences decoded together by all cards (default %(default)s)"
+    )
+    cost.add_argument("--json", action="store_true", help="the same for programs, and more of it")
     cost.set_defaults(command=_cost)
 
     train = commands.add_parser("train", help="train a small checkpoint from a recipe")
@@ -195,75 +204,13 @@ def _prompt(text: str) -> str:
 def _cost(options: argparse.Namespace) -> int:
     """Print what `workbench.cost` counts for a preset: a table to read, or JSON."""
     from workbench import cost
+    from workbench.cost.table import report_lines
 
-    report = cost.report(
-        presets[options.preset],
-        options.length,
-        [devices[name] for name in options.device],
-        cards=options.cards,
-        batch=options.batch,
-    )
-    print(json.dumps(report, indent=2) if options.json else "\n".join(_cost_lines(report)))
+    on = [devices[name] for name in options.device]
+    split = {"cards": options.cards, "tp": options.tp, "batch": options.batch}
+    report = cost.report(presets[options.preset], options.length, on, **split)
+    print(json.dumps(report, indent=2) if options.json else "\n".join(report_lines(report)))
     return 0
-
-
-def _cost_lines(report: Mapping[str, Any]) -> list[str]:
-    """What ``workbench.cost.report`` returns as lines to read; GB is 1e9 bytes."""
-    from workbench import cost
-
-    kv, weights, batch, cards = report["kv_bytes"], report["weights"], report["batch"], report["cards"]
-    lines = [f"{report['title']}, one sequence of {report['length']:,} tokens; modelled (formula) unless marked published"]
-    if report["beyond_trained_length"]:
-        lines.append("  longer than the released model was made for: an extrapolation")
-    lines += ["", f"{'KV cache, stored as released':32} {'held':>14}   {'read per token':>14}"]
-    for part in (*cost.PARTS, cost.KV_PART, "total"):
-        if kv.get(part) or part == "total":
-            lines.append(f"  {part:30} {_size(kv[part]):>14}   {_size(report['decode_bytes'][part]):>14}")
-    lines.append(f"  {'each further token':30} {report['kv_bytes_per_token']['total']:>12,.0f} B")
-    if kv["tail"]:
-        lines.append(f"  {'without tail, as published':30} {_size(kv['total'] - kv['tail']):>14}")
-    lines += ["", *(f"  {line}" for line in report["kv_terms"])]
-    lines += ["", f"{'FLOPs of one decoded token':32} {'plain':>14}   {'fp8-equivalent':>14}"]
-    plain, weighted = report["decode_flops"], report["decode_flops_fp8_equivalent"]
-    for part in ("projections", "core", "indexer", "total"):
-        lines.append(f"  {part:30} {plain[part] / 1e9:>12,.1f} G   {weighted[part] / 1e9:>12,.1f} G")
-    lines.append("")
-    if weights is None:
-        lines.append("weights: unknown (no such model was released); devices below hold the cache alone")
-    else:
-        host = f", and {_size(weights['host_bytes'])} of Engram tables in host memory" if weights["host_bytes"] else ""
-        unknown = "" if weights["origin"] == "published" else "; bytes of the published checkpoint: unknown here"
-        lines.append(f"weights, {weights['origin']}: {_size(weights['device_bytes'])}{host}; {weights['source']}{unknown}")
-        lines.append(f"  read in a step of {batch}: about {_size(weights['read_bytes_per_step'])}, if routing is even")
-    if report["devices"]:
-        heads = ("fits", "cache", "weights", "longest context", "reading", "computing", "bound by")
-        of = f"{cards} card{'s' * (cards > 1)}, {batch} sequence{'s' * (batch > 1)}; figures per card"
-        lines += ["", of, "".join(f"{text:>{wide}}" for text, wide in zip(("", *heads), COST_COLUMNS, strict=True))]
-    for found in report["devices"]:
-        held = found["weight_bytes_per_card"]
-        at_limit = " (limit)" if found["longest_context_is_the_limit"] else ""
-        cells = (
-            "yes" if found["fits"] else "NO",
-            _size(found["kv_bytes_per_card"]),
-            "unknown" if held is None else _size(held),
-            f"{found['longest_context']:,}{at_limit}",
-            f"{1e3 * found['read_s']:,.3f} ms",
-            f"{1e3 * found['compute_s']:,.3f} ms",
-            found["bound"],
-        )
-        name = f"{found['device']:<{COST_COLUMNS[0]}}"
-        lines.append(name + "".join(f"{text:>{wide}}" for text, wide in zip(cells, COST_COLUMNS[1:], strict=True)))
-    for found in report["devices"]:
-        said = [f"figures {found['certainty']}"]
-        if found["storage"] == "bf16" and report["preset_kv_format"] != "bf16":
-            said.append(f"does not read {report['preset_kv_format'].upper()} caches: cache counted in BF16")
-        lines.append(f"  {found['device']}: {'; '.join([*said, *([found['note']] if found['note'] else [])])}")
-    return lines
-
-
-def _size(number: float) -> str:
-    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if number >= 0.1 * s), ("B", 1.0))
-    return f"{number / scale:,.3f} {unit}" if scale > 1 else f"{number:,.0f} B"
 
 
 def _train(options: argparse.Namespace) -> int:

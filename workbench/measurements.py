@@ -44,7 +44,7 @@ class LayerMeasurement:
     @property
     def label(self) -> str:
         """What a picture must say of it."""
-        return ONE_LAYER if self.layers == 1 else f"{OVER_LAYERS}, {self.layers} layers"
+        return ONE_LAYER if self.layers == 1 else f"{OVER_LAYERS} ({self.layers})"
 
     @property
     def held_bytes(self) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from workbench import cost
 from workbench.checkpoint import convert
-from workbench.config import HybridConfig, LatentConfig, ModelConfig
+from workbench.config import DenseConfig, HybridConfig, LatentConfig, SharedStreamConfig
 from workbench.errors import InputError
 from workbench.measurements import ONE_LAYER, LayerMeasurement
 from workbench.model.attention.dense import DenseAttention, TokenPositions
@@ -37,6 +37,8 @@ from workbench.model.layers import Rotary
 from workbench.presets import Preset, presets
 from workbench.runtime import available_bytes, copy_bandwidth, device_name, pick_device, size_text, synchronise
 from workbench.trace import INDEXING, SELECTING, Trace
+
+OneLayer = HybridConfig | LatentConfig | DenseConfig
 
 STORAGE_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAX_LENGTH = 2**20  # tokens
@@ -103,13 +105,15 @@ def true_size_layer(
     return TrueSizeLayer(preset, kind, config, sublayer.to(where).eval(), dtype, seed, storage or STORAGE_OF[dtype])
 
 
-def one_layer(preset: Preset, kind: str) -> ModelConfig:
+def one_layer(preset: Preset, kind: str) -> OneLayer:
     """The preset's configuration cut down to its first layer of ``kind``, free to grow to a million tokens and a few more."""
-    config, limit = preset.shape, MAX_LENGTH + DECODE_ROOM
+    config, limit = preset.config, MAX_LENGTH + DECODE_ROOM
     dense_ancestor = isinstance(config, LatentConfig) and kind == "mla"
     if kind not in preset.layer_kinds and not dense_ancestor:
         known = sorted({*preset.layer_kinds, *(["mla"] if isinstance(config, LatentConfig) else [])})
         raise InputError(f"{preset.name} has no {kind!r} layer; its kinds are {', '.join(known)}")
+    if isinstance(config, SharedStreamConfig):
+        raise InputError(f"a layer of {preset.name} reads a stream that other layers make, so it cannot be filled alone")
     if isinstance(config, HybridConfig):
         kinds = tuple(found for found in config.layer_kinds if found == kind)[:1]
         return replace(config, layer_kinds=kinds, mlp_kinds=("score",), max_position_embeddings=limit)
@@ -122,7 +126,7 @@ def one_layer(preset: Preset, kind: str) -> ModelConfig:
 class Sublayer(nn.Module):
     """The attention of every layer of a configuration and its rotary tables, without anything else."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: OneLayer) -> None:
         super().__init__()
         self.windowed = isinstance(config, HybridConfig)
         self.attn = nn.ModuleList(_attention(config, layer) for layer in range(config.num_hidden_layers))
@@ -143,7 +147,7 @@ class Sublayer(nn.Module):
         return TokenPositions(start, self.rotary(numbers))
 
 
-def _attention(config: ModelConfig, layer: int) -> nn.Module:
+def _attention(config: OneLayer, layer: int) -> nn.Module:
     if isinstance(config, HybridConfig):
         return HybridAttention(config, config.layer_kinds[layer])
     return LatentAttention(config) if isinstance(config, LatentConfig) else DenseAttention(config)
@@ -160,7 +164,7 @@ class TrueSizeLayer:
         self,
         preset: Preset,
         kind: str,
-        config: ModelConfig,
+        config: OneLayer,
         sublayer: Sublayer,
         dtype: torch.dtype,
         seed: int,
@@ -182,7 +186,7 @@ class TrueSizeLayer:
     @property
     def layers(self) -> int:
         """How many layers of this kind the published model has."""
-        return self.preset.layer_kinds.count(self.kind)
+        return self.preset.layer_kinds.count(self.kind) or len(self.preset.layer_kinds)  # of plain MLA: as many as of V3.2
 
     def bytes_needed(self, length: int, *, chunk: int = CHUNK) -> int:
         """Memory that filling the cache to ``length`` tokens takes in all: weights, cache, and the work on a chunk.

@@ -9,8 +9,9 @@ import torch
 
 from tests.slow_reference import CONFIG, ENGRAM, SlowV4, in_pieces, ngram_rows, random_ids, random_model, random_pieces
 from workbench.config import EngramConfig
+from workbench.config.primes import is_prime, table_primes
 from workbench.errors import InputError
-from workbench.model.engram import HostTable, NgramHash, check_canonical_ids, hash_multipliers, is_prime, table_primes
+from workbench.model.engram import HostTable, NgramHash, check_canonical_ids, hash_multipliers
 
 V41 = EngramConfig(layer_ids=(1, 14), vocab_size=16_000_000, compressed_vocab_size=99092, max_ngram_size=4, head_dim=256)
 DEMO = EngramConfig(layer_ids=(1, 15), vocab_size=646_400, compressed_vocab_size=99092)
@@ -64,6 +65,28 @@ def test_rows_of_the_toy_are_the_golden_ones():
     second = NgramHash(TOY, 14)
     assert second.primes.tolist() == [1051, 1061, 1063, 1069, 1087, 1091, 1093, 1097]
     assert (second(ids, nothing, pad=2) - second.offsets)[0, 0].tolist() == [989, 560, 572, 189, 718, 220, 876, 369]
+
+
+def test_rows_of_the_release_are_the_golden_ones():
+    """Tables of [384006168, 384016682] rows follow from the prime rule; see above."""
+    ids, nothing = torch.tensor([[11, 222, 3333, 44444, 55555]]), torch.zeros(1, 0, dtype=torch.int64)
+    golden = {
+        1: ([5935489, 127360623, 134799720, 265484878, 376233586], [3985961, 127898922, 133984100, 257450266, 371683375]),
+        14: ([12163276, 122529219, 130800596, 266532396, 383349447], [11675494, 124983207, 132856042, 263188438, 379293287]),
+    }
+    for layer, (first, last) in golden.items():
+        rows = NgramHash(V41, layer)(ids, nothing, pad=2)[0][:, [0, 7, 8, 16, 23]]
+        assert rows[0].tolist() == first and rows[4].tolist() == last
+
+
+def test_looking_back_stops_for_good_at_a_masked_token():
+    hashed, pad = NgramHash(V41, 1), 2
+    masked = hashed(torch.tensor([[7, 5, -1, 9, 4, 8, 6]]), torch.zeros(1, 0, dtype=torch.int64), pad)[0]
+    fresh = hashed(torch.tensor([[9, 4, 8, 6]]), torch.zeros(1, 0, dtype=torch.int64), pad)[0]
+    assert torch.equal(masked[3:], fresh)  # as if the sequence began after it
+    assert torch.equal(masked[2], hashed(torch.tensor([[pad]]), torch.zeros(1, 0, dtype=torch.int64), pad)[0, 0])
+    through_cache = hashed(torch.tensor([[9, 4]]), torch.tensor([[5, -1]]), pad)[0]
+    assert torch.equal(through_cache, fresh[:2])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -5,6 +5,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from workbench.errors import InputError, WorkbenchError
+from workbench.model.engram import canonical_ids
 from workbench.training import tasks
 from workbench.training.tasks import KEYS, VALUES, RecallBatch, RecallStream
 
@@ -88,7 +89,7 @@ def test_training_the_tokenizer_twice_gives_the_same_one():
 
 
 def test_canonical_ids_are_dense_and_numbered_as_they_appear(tokenizer):
-    canonical = tasks.canonical_ids(tokenizer)
+    canonical = canonical_ids(tokenizer)
     assert canonical.dtype == np.int64 and canonical.shape == (tokenizer.get_vocab_size(),)
     seen = np.maximum.accumulate(canonical)
     assert canonical[0] == 0 and np.all(np.diff(seen) <= 1) and seen[-1] + 1 == len(set(canonical)) < len(canonical)
@@ -96,7 +97,7 @@ def test_canonical_ids_are_dense_and_numbered_as_they_appear(tokenizer):
 
 def test_canonical_ids_fold_case_and_space_and_keep_partial_characters_apart():
     tokenizer = tasks.train_tokenizer(["the The THE  \n\n\t é É e ﬁ fi " * 4000])
-    canonical, vocab = tasks.canonical_ids(tokenizer), tokenizer.get_vocab()
+    canonical, vocab = canonical_ids(tokenizer), tokenizer.get_vocab()
     number = lambda text: canonical[one_token(tokenizer, text)]  # noqa: E731
     assert number(" The") == number(" the") == number(" THE")
     assert number("A") == number("a") and number("\n") == number("\t") == number(" ") != number("a")

@@ -16,6 +16,7 @@ from workbench.config.shared_stream import SharedStreamConfig
 from workbench.errors import InputError
 
 __all__ = [
+    "DeepSeekV4Config",
     "DenseConfig",
     "EngramConfig",
     "HybridConfig",
@@ -28,8 +29,10 @@ __all__ = [
 ]
 
 ModelConfig = HybridConfig | SharedStreamConfig | LatentConfig | DenseConfig
+DeepSeekV4Config = HybridConfig | SharedStreamConfig  # V4 and V4.1 share mHC streams, MoE, Engram and the shared-KV attention
 FAMILIES: dict[str, Any] = {
     "deepseek_v4": HybridConfig,
+    "deepseek_v41": SharedStreamConfig,
     "deepseek_v32": LatentConfig,
     "deepseek_v3": LatentConfig,
     "llama": DenseConfig,

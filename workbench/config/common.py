@@ -64,12 +64,12 @@ class EngramConfig:
         return max(0, self.conv_kernel_size - 1) * self.max_ngram_size
 
 
-def check_positive(config: Any, *may_be_zero: str) -> None:
-    """Raises InputError for a whole-number setting below 1, or below 0 where zero means "none"."""
+def check_positive(config: Any, *may_be_zero: str, minus_one: str = "") -> None:
+    """Raises InputError for a whole-number setting below 1; ``may_be_zero`` and ``minus_one`` name those that may be less."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if field.name in may_be_zero else 1):
-            raise InputError(f"{field.name} must be positive, got {value}")
+        value, least = getattr(config, field.name), -1 if field.name == minus_one else int(field.name not in may_be_zero)
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise InputError(f"{field.name} must be {f'at least {least}' if least < 1 else 'positive'}, got {value}")
 
 
 def check_fixed(config: dict[str, Any], **expected: Any) -> None:

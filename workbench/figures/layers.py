@@ -64,8 +64,9 @@ def layer_costs(measurements: Sequence[LayerMeasurement]) -> go.Figure:
         fig.add_scatter(
             x=tokens,
             y=[1e3 * m.floor_s for m in points],
-            name="bytes read / bandwidth",
+            name="cache and weights read / bandwidth",
             legendgroup="floor",
+            legendrank=2000,
             showlegend=i == 0,
             mode="lines",
             line={"color": colour, "width": 1.5, "dash": "dot"},

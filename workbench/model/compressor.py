@@ -1,7 +1,8 @@
 """Token-dimension compression: R tokens become one entry, gated per channel by a softmax over the tokens it reads.
 
-CSA's blocks overlap: entry j reads the "a" series of block j-1 and the "b" series of block j. HCA's do not.
-Letters: B batch, T tokens, R ratio, D width of an entry. (reference/deepseek-v4.md, sections 2.1 and 3)
+CSA's blocks overlap: entry j reads the "a" series of block j-1 and the "b" series of block j. HCA's do not, nor do those of
+V4.1's shared streams. Letters: B batch, T tokens, R ratio, D width of an entry.
+(reference/deepseek-v4.md, sections 2.1 and 3; reference/deepseek-v41.md, section 3.1)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig
+from workbench.config import HybridConfig, SharedStreamConfig
 from workbench.model.kv_cache import BlockTail
 from workbench.model.layers import RMSNorm, Rotary, rotate
 
@@ -64,3 +65,35 @@ def _nothing_before(a: Tensor) -> Tensor:
     """The missing predecessor of block 0: value 0 with score -inf, so it gets no weight. a [2, B, 1, R, D]."""
     values, scores = torch.zeros_like(a[0]), torch.full_like(a[1], -torch.inf)
     return torch.stack([values, scores])
+
+
+class StreamCompressor(nn.Module):
+    """c_i = RMSNorm(sum_rows softmax_rows(Wgate x) * Wkv x), per channel over the R tokens of block i; RMSNorm(Wkv x) at R = 1.
+
+    No position bias, and not rotated: index keys are projected from this latent, and rotated by themselves.
+    """
+
+    def __init__(self, config: SharedStreamConfig, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.wkv = nn.Linear(config.hidden_size, config.head_dim, bias=False)
+        if ratio > 1:
+            self.wgate = nn.Linear(config.hidden_size, config.head_dim, bias=False)
+        self.norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, tail: BlockTail | None) -> Tensor:
+        """x [B, T, C] -> the latents of the blocks these tokens complete, [B, n, D]; the tail moves on.
+
+        Without a tail the call must begin a sequence and the rest of an open block is dropped.
+        """
+        values = self.wkv(x)
+        if self.ratio == 1:
+            return self.norm(values)
+        pair = torch.stack([values.float(), self.wgate(x).float()])  # values, scores [2, B, T, D]
+        if tail is not None and tail.count:
+            pair = torch.cat([tail.open, pair], dim=2)
+        blocks = pair.shape[2] // self.ratio
+        if tail is not None:
+            tail.keep(pair[:, :, blocks * self.ratio :], None, blocks)
+        closed_values, scores = pair[:, :, : blocks * self.ratio].unflatten(2, (blocks, self.ratio))
+        return self.norm((torch.softmax(scores, dim=2) * closed_values).sum(2).to(values.dtype))

@@ -1,8 +1,9 @@
 """Engram, conditional memory: n-grams of token ids are hashed to rows of a large table on the host, gated into the streams.
 
-The paper's form: tokenizer compression, 2- and 3-grams, several hash heads, one gate per stream, short convolution. DeepSeek-V4
-as released has none. Letters: B batch, T tokens, N largest n-gram, R rows per token, M streams, C model dim.
-(reference/engram-and-overlap.md, section 1; arXiv 2601.07372)
+The paper's form: tokenizer compression, 2- and 3-grams, several hash heads, one gate per stream, short convolution. V4.1 goes
+up to 4-grams and leaves the convolution out; DeepSeek-V4 as released has no Engram. Letters: B batch, T tokens, N largest
+n-gram, R rows per token, M streams, C model dim.
+(reference/engram-and-overlap.md, section 1; arXiv 2601.07372; reference/deepseek-v41.md, section 6)
 """
 
 from __future__ import annotations
@@ -13,48 +14,42 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 
-from workbench.config import EngramConfig, HybridConfig
+from workbench.config import DeepSeekV4Config, EngramConfig
+from workbench.config.primes import table_primes
 from workbench.errors import InputError
 from workbench.model.layers import Tap
 
-# Witnesses that make Miller-Rabin exact for every number below 3.3e24.
-_WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
+def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """Engram's tokenizer compression: [V] canonical id of every token, numbered in order of first appearance.
 
-def is_prime(n: int) -> bool:
-    if n < 2:
-        return False
-    for p in _WITNESSES:
-        if n % p == 0:
-            return n == p
-    odd, twos = n - 1, 0
-    while odd % 2 == 0:
-        odd, twos = odd // 2, twos + 1
-    for a in _WITNESSES:
-        x = pow(a, odd, n)
-        if x not in (1, n - 1) and all((x := x * x % n) != n - 1 for _ in range(twos - 1)):
-            return False
-    return True
-
-
-def table_primes(engram: EngramConfig) -> list[list[int]]:
-    """Rows of every (order, head) table, per Engram layer: distinct primes from ``vocab_size`` up, order by order."""
-    used: set[int] = set()
-    layers = []
-    for _ in engram.layer_ids:
-        primes = []
-        for _ in range(2, engram.max_ngram_size + 1):
-            candidate = engram.vocab_size - 1
-            for _ in range(engram.n_heads):
-                candidate += 1
-                while candidate in used or not is_prime(candidate):
-                    candidate += 1
-                used.add(candidate)
-                primes.append(candidate)
-        layers.append(primes)
-    return layers
+    Tokens whose text is the same after NFKC, accents stripped, lower case and white space folded share an id; pieces of a
+    multi-byte character keep their own. (reference/engram-and-overlap.md, section 1.1)
+    """
+    mark = "\ue000"  # protects a token that is exactly one space from being stripped
+    normalise = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex("^ $"), mark),
+            normalizers.Strip(),
+            normalizers.Replace(mark, " "),
+        ]
+    )
+    numbers: dict[str, int] = {}
+    out = []
+    for token in range(tokenizer.get_vocab_size()):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        raw = tokenizer.id_to_token(token)
+        key = str(raw) if "\ufffd" in text else (normalise.normalize_str(text) or text)
+        out.append(numbers.setdefault(key, len(numbers)))
+    return np.asarray(out, np.int64)
 
 
 def hash_multipliers(layer: int, orders: int, compressed_vocab_size: int, seed: int = 0) -> list[int]:
@@ -78,16 +73,19 @@ class NgramHash:
     def __call__(self, ids: Tensor, lookback: Tensor, pad: int) -> Tensor:
         """Canonical ids [B, T] and those just before them [B, up to N - 1] -> rows [B, T, R] int64, order-major then head.
 
-        mix_n = x_t m_0 XOR x_{t-1} m_1 XOR ...; row = mix_n mod prime + offset. Before the sequence stands ``pad``.
+        mix_n = x_t m_0 XOR x_{t-1} m_1 XOR ...; row = mix_n mod prime + offset. A negative id is a masked token: looking back
+        stops there as it does before the sequence, and ``pad`` stands for it and for everything older.
         """
         missing = self.orders - 1 - lookback.shape[1]
-        line = torch.cat([F.pad(lookback, (missing, 0), value=pad), ids], dim=1)  # [B, N - 1 + T]
+        line = torch.cat([F.pad(lookback, (missing, 0), value=-1), ids], dim=1)  # [B, N - 1 + T]
         t = ids.shape[1]
-        mix = ids * self.multipliers[0]
+        stopped = ids < 0
+        mix = ids.masked_fill(stopped, pad) * self.multipliers[0]
         per_order = []
         for back in range(1, self.orders):
             earlier = line[:, self.orders - 1 - back : self.orders - 1 - back + t]
-            mix = mix ^ (earlier * self.multipliers[back])
+            stopped = stopped | (earlier < 0)
+            mix = mix ^ (earlier.masked_fill(stopped, pad) * self.multipliers[back])
             per_order.append(mix.unsqueeze(-1).expand(-1, -1, self.heads))
         return torch.cat(per_order, dim=-1) % self.primes + self.offsets
 
@@ -115,9 +113,12 @@ class EngramGates(NamedTuple):
 
 
 class Engram(nn.Module):
-    """H_m <- H_m + Y_m with Y = SiLU(DWConv(RMSNorm(V))) + V, V_m = gate_m W_V e, at the start of its block."""
+    """H_m <- H_m + Y_m with Y = SiLU(DWConv(RMSNorm(V))) + V, V_m = gate_m W_V e, at the start of its block.
 
-    def __init__(self, config: HybridConfig, layer: int) -> None:
+    Without a convolution (``conv_kernel_size`` 0) Y = V.
+    """
+
+    def __init__(self, config: DeepSeekV4Config, layer: int) -> None:
         super().__init__()
         engram = config.engram
         assert engram is not None
@@ -130,8 +131,9 @@ class Engram(nn.Module):
         self.wkv = nn.Linear(engram.memory_width, (m + 1) * c, bias=False)  # one key per stream, the shared value last
         self.q_weight = nn.Parameter(torch.ones(m, c))
         self.k_weight = nn.Parameter(torch.ones(m, c))
-        self.conv_norm = nn.Parameter(torch.ones(m, c))
-        self.conv = nn.Parameter(torch.zeros(m * c, self.kernel))  # silent at first: then Y = V
+        if self.kernel:
+            self.conv_norm = nn.Parameter(torch.ones(m, c))
+            self.conv = nn.Parameter(torch.zeros(m * c, self.kernel))  # silent at first: then Y = V
         self.gate_tap = Tap()
 
     def gates(self, streams: Tensor, keys: Tensor) -> Tensor:
@@ -141,15 +143,22 @@ class Engram(nn.Module):
         s = (q * k).sum(-1) / math.sqrt(self.width)
         return torch.sigmoid(s.sign() * s.abs().clamp(min=1e-6).sqrt())
 
-    def forward(self, streams: Tensor, rows: Tensor, memory: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, streams: Tensor, rows: Tensor, memory: Tensor, past: Tensor | None = None, masked: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """streams [B, T, M, C], fetched rows [B, T, R] with their values memory [B, T, R * width], earlier convolution
-        inputs past [B, up to 9, M * C] -> the streams with Y added and the convolution inputs to keep.
+        inputs past [B, up to 9, M * C], tokens masked [B, T] that take nothing -> the streams with Y added and the convolution
+        inputs to keep, if there is a convolution.
         """
         batch, t = streams.shape[:2]
         kv = self.wkv(memory).view(batch, t, self.streams + 1, self.width)
         gates = self.gates(streams, kv[:, :, :-1])
+        if masked is not None:
+            gates = gates.masked_fill(masked.unsqueeze(-1), 0.0)
         self.gate_tap(EngramGates(rows, gates))
         value = gates.to(kv.dtype).unsqueeze(-1) * kv[:, :, -1:]  # [B, T, M, C]
+        if not self.kernel:
+            return streams + value, None
         normed = (F.rms_norm(value, (self.width,), eps=self.eps) * self.conv_norm).flatten(2)
         line = normed if past is None else torch.cat([past.to(normed.dtype), normed], dim=1)
         keep = line[:, max(0, line.shape[1] - self.state_length) :]

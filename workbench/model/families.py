@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig
+from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig, SharedStreamConfig
 from workbench.errors import InputError
 from workbench.model.language_model import LanguageModel
 from workbench.model.plain import PlainModel
+from workbench.model.single_pass import V41Model
 from workbench.model.transformer import V4Model
 
 MODELS: dict[type, type[LanguageModel]] = {
     HybridConfig: V4Model,
+    SharedStreamConfig: V41Model,
     LatentConfig: PlainModel,
     DenseConfig: PlainModel,
 }

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig
+from workbench.config.parts import KV_PART, STORAGES
 from workbench.errors import InputError
 from workbench.model.quant import E2M1_MAX, E4M3_MAX, E8M0_BIAS, decode_e2m1, encode_e2m1, power_of_two
 
-STORAGES = ("fp32", "bf16", "released")
-KV_PART = "kv"  # one row for every token: the keys and values of MHA and GQA, the latents of MLA
 # The least amax a scale is made for, so that a block of zeros has one; the E4M3 floor makes the least subnormal scale.
 FP8_FLOOR, FP4_FLOOR, E4M3_SCALE_FLOOR = 1e-4, E2M1_MAX * 2.0**-126, E2M1_MAX * 2.0**-9
 VALUES_AT_ONCE = 2**18

@@ -1,6 +1,8 @@
 """mHC, manifold-constrained hyper-connections: M residual streams, mixed by nearly doubly stochastic matrices.
 
-Letters: B batch, T tokens, M streams, C model dim. (reference/deepseek-v4.md, section 8; arXiv 2512.24880)
+V4 reads the streams with the weights a sublayer has just worked out; V4.1's single pass with those of the sublayer before.
+Letters: B batch, T tokens, M streams, C model dim.
+(reference/deepseek-v4.md, section 8; arXiv 2512.24880; reference/deepseek-v41.md, section 5)
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig
+from workbench.config import DeepSeekV4Config, HybridConfig
 from workbench.model.layers import Tap
 
 
@@ -28,10 +30,15 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     return a.permute(2, 0, 1)
 
 
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """sum_m pre_m X_m: streams [B, T, M, C] read with weights [B, T, M] -> [B, T, C]."""
+    return (pre.to(streams.dtype).unsqueeze(-1) * streams).sum(2)
+
+
 class HyperConnection(nn.Module):
     """How one sublayer reads from and writes to the M streams: weights pre, post and the residual mix."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: DeepSeekV4Config) -> None:
         super().__init__()
         m = self.streams = config.hc_mult
         self.eps, self.rms_eps, self.iterations = config.hc_eps, config.rms_norm_eps, config.hc_sinkhorn_iters
@@ -44,6 +51,11 @@ class HyperConnection(nn.Module):
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """streams [B, T, M, C] -> the sublayer's input [B, T, C], post [B, T, M] and mix [B, T, M, M]."""
+        pre, post, mix = self.weights(streams)
+        return collapse(streams, pre), post, mix
+
+    def weights(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """streams [B, T, M, C] -> pre [B, T, M], post [B, T, M] and mix [B, T, M, M], float32."""
         m = self.streams
         flat = streams.flatten(2).float()
         flat = F.rms_norm(flat, flat.shape[-1:], eps=self.rms_eps)
@@ -53,11 +65,11 @@ class HyperConnection(nn.Module):
         post = 2 * torch.sigmoid(self.scale[1] * post + post_base)
         logits = (self.scale[2] * mix + mix_base).view(-1, m, m)
         mix = sinkhorn(logits, self.iterations, self.eps).view(*streams.shape[:2], m, m)
-        return torch.einsum("btm,btmc->btc", pre.to(streams.dtype), streams), post, self.mix_tap(mix)
+        return pre, post, self.mix_tap(mix)
 
     def write(self, streams: Tensor, y: Tensor, post: Tensor, mix: Tensor) -> Tensor:
         """X'_k = post_k y + sum_j mix[j, k] X_j: the sublayer's output y [B, T, C] joins the mixed streams."""
-        mixed = torch.matmul(mix.to(streams.dtype).transpose(-1, -2), streams)
+        mixed = torch.einsum("btjk,btjc->btkc", mix.to(streams.dtype), streams)
         return mixed + post.to(streams.dtype).unsqueeze(-1) * y.unsqueeze(-2)
 
 
@@ -76,4 +88,4 @@ class HyperHead(nn.Module):
         flat = streams.flatten(2).float()
         flat = F.rms_norm(flat, flat.shape[-1:], eps=self.rms_eps)
         pre = torch.sigmoid(F.linear(flat, self.fn.float()) * self.scale + self.base) + self.eps
-        return torch.einsum("btm,btmc->btc", pre.to(streams.dtype), streams)
+        return collapse(streams, pre)

@@ -1,8 +1,8 @@
 """The lightning indexer of DeepSeek Sparse Attention: cheap scores that choose which compressed entries a query attends to.
 
 V3.2 attends to tokens: there an entry is a token, and its index key comes from a projection instead of a compressor.
-Letters: B batch, T queries, S compressed entries, H index heads, D index head dim, K kept entries.
-(reference/deepseek-v4.md, sections 2.2 and 2.3)
+Letters: B batch, T queries, S compressed entries, H index heads, D index head dim, K kept entries, P entries of a candidate
+pool, N blocks of it. (reference/deepseek-v4.md, sections 2.2 and 2.3; reference/deepseek-v41.md, section 4)
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig, LatentConfig
+from workbench.config import HybridConfig, LatentConfig, SharedStreamConfig
 from workbench.errors import InputError
 from workbench.model.compressor import Compressor
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
-from workbench.model.layers import Tap, rotate, rotate_halves
+from workbench.model.layers import RMSNorm, Tap, rotate, rotate_halves
 
 SCORE_ELEMENTS = 2**22  # products held at once per query chunk and entry chunk
 
@@ -65,12 +66,59 @@ def select_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor, 
     """
     if topk <= 0:
         raise InputError(f"topk must be positive, got {topk}")
+    return keep_best(score_entries(q, w, k, closed), topk)
+
+
+def score_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor) -> Tensor:
+    """Scores of all entries, float32 [B, T, S], -inf where one lies in the query's future; shapes as ``select_entries``."""
     width = max(1, SCORE_ELEMENTS // max(1, q.shape[0] * q.shape[1] * q.shape[2]))
     parts = [score_chunk(q, w, k.read(first, first + width)) for first in range(0, k.length, width)]
     scores = torch.cat(parts, dim=-1)  # [B, T, S]
     visible = torch.arange(k.length, device=q.device) < closed.unsqueeze(-1)  # [T, S]
-    best, entries = topk_lower_first(scores.masked_fill(~visible, -torch.inf), min(topk, k.length))
+    return scores.masked_fill(~visible, -torch.inf)
+
+
+def keep_best(scores: Tensor, topk: int) -> Selection:
+    """The ``topk`` best of scores [B, T, S], or all S; -inf means there is no such entry."""
+    best, entries = topk_lower_first(scores, min(topk, scores.shape[-1]))
     return Selection(best, entries.masked_fill(best == -torch.inf, -1))
+
+
+def candidate_blocks(scores: Tensor, closed: Tensor, blocks: int, size: int) -> Tensor:
+    """The pool later layers choose from: of the blocks of ``size`` entries, the ``blocks`` that hold the best scores.
+
+    scores [B, T, S], -inf where invisible; closed [T]. The block of the newest visible entry is always kept; of equal blocks
+    the lower one wins. Returns block numbers [B, T, N] in ascending order, then -1 where fewer are visible.
+    """
+    best = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf).unflatten(-1, (-1, size)).amax(-1)
+    total = best.shape[-1]
+    newest = torch.arange(total, device=scores.device) == (closed.unsqueeze(-1) - 1) // size  # [T, blocks]; none: -1
+    best, numbers = topk_lower_first(best.masked_fill(newest, torch.inf), min(blocks, total))
+    numbers = numbers.masked_fill(best == -torch.inf, total).sort(dim=-1).values
+    return numbers.masked_fill(numbers == total, -1)
+
+
+def select_candidates(index: IndexQueries, pool: Tensor, size: int, closed: Tensor, topk: int) -> Selection:
+    """Score and keep the ``topk`` best of each query's own pool, block numbers [B, T, N] of ``size`` entries each.
+
+    A cache much longer than the pool is not read: keys of the pool alone are gathered, so the cost of a query stays the same
+    however long the context. A short one is scored as a whole, which needs no gathering, and masked.
+    """
+    width = min(pool.shape[-1] * size, index.k.length)  # so many are kept at most, whichever way they are found
+    if index.k.length <= 2 * pool.shape[-1] * size:
+        scores = score_entries(index.q, index.w, index.k, closed)
+        held = scores.new_zeros(*scores.shape[:2], -(-index.k.length // size) + 1, dtype=torch.bool)
+        held.scatter_(-1, pool.masked_fill(pool < 0, held.shape[-1] - 1), True)  # the last column takes what is no block
+        inside = held[..., :-1].repeat_interleave(size, dim=-1)[..., : index.k.length]
+        return keep_best(scores.masked_fill(~inside, -torch.inf), min(topk, width))
+    members = (pool.unsqueeze(-1) * size + torch.arange(size, device=pool.device)).flatten(-2)  # [B, T, P]
+    there = (pool >= 0).repeat_interleave(size, dim=-1) & (members < closed.view(1, -1, 1))
+    keys = index.k.gather(members.clamp(0, index.k.length - 1)).float()  # [B, T, P, D]
+    products = torch.matmul(index.q.float(), keys.transpose(2, 3)).relu()  # [B, T, H, P]
+    scores = torch.matmul(index.w.float().unsqueeze(2), products).squeeze(2).masked_fill(~there, -torch.inf)
+    best = keep_best(scores, min(topk, width))
+    entries = members.gather(-1, best.entries.clamp(min=0)).masked_fill(best.entries < 0, -1)
+    return Selection(best.scores, entries)
 
 
 class Indexer(nn.Module):
@@ -101,6 +149,34 @@ class Indexer(nn.Module):
             return Rows(keys)
         cache.index.append(keys)
         return cache.index
+
+
+class StreamIndexer(nn.Module):
+    """V4.1's indexer: index keys are projected from the unrotated entries of a shared stream, by the layer that makes it.
+
+    Layers that choose anew among another layer's entries have queries and head weights of their own and no keys. Like
+    ``Indexer`` it learns from its own loss only.
+    """
+
+    def __init__(self, config: SharedStreamConfig, owner: bool) -> None:
+        super().__init__()
+        self.heads, self.width = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        if owner:
+            self.wk = nn.Linear(config.head_dim, self.width, bias=False)
+            self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
+        self.index_tap = Tap()
+
+    def keys(self, latents: Tensor, turns: Tensor) -> Tensor:
+        """Unrotated entries [B, n, head_dim], turns [n, R / 2] -> index keys [B, n, D]."""
+        return rotate(self.k_norm(self.wk(latents.detach())), turns)
+
+    def forward(self, x: Tensor, qr: Tensor, turns: Tensor, keys: Rows | GrowingRows) -> IndexQueries:
+        """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2], all keys of the stream."""
+        q = rotate(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
+        w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
+        return self.index_tap(IndexQueries(q, w, keys))
 
 
 class TokenIndexer(nn.Module):

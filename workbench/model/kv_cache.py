@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from workbench.config import DenseConfig, HybridConfig, LatentConfig, ModelConfig, SharedStreamConfig
+from workbench.config.parts import KV_PART, PARTS
 from workbench.errors import InputError, WorkbenchError
-from workbench.model.formats import KV_PART, RowFormat, row_formats
+from workbench.model.formats import RowFormat, row_formats
 
 FIRST_ROWS, GROWTH = 64, 1.5
-PARTS = ("window", "compressed", "index", "tail", "engram")
 
 Mark = dict[str, Any]  # what it takes to come back to a moment: counts, and copies of what later tokens overwrite
 
@@ -244,6 +244,11 @@ class LayerCache:
     tail: BlockTail | None = None
     index_tail: BlockTail | None = None
     kv: GrowingRows | None = None
+
+    def restart_window(self) -> None:
+        """Forget the window, whose keys are not next to the tokens that come now."""
+        if self.window is not None:
+            self.window.length = 0
 
     def parts(self) -> Iterator[tuple[str, WindowRing | GrowingRows | BlockTail]]:
         named = (("window", self.window), ("compressed", self.compressed), ("index", self.index))

@@ -5,7 +5,7 @@ Letters: B batch, T new tokens, M streams, C model dim, V words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,6 +20,9 @@ from workbench.model.layers import RMSNorm
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+RunLayers = Callable[[Tensor, int, KVCache | None, Mapping[int, Fetch], int | None], Tensor]  # ids, start, cache, rows, topk
 
 
 class LanguageModel(nn.Module):
@@ -95,18 +98,27 @@ class LanguageModel(nn.Module):
         Raises InputError for ids of another shape or range, a cache of another model or batch size, more positions than the
         limit, or a ``topk`` for a model that attends to everything.
         """
+        return self._call(self.run_layers, ids, cache, logits, topk, prefetch)
+
+    def _call(
+        self, run_layers: RunLayers, ids: Tensor, cache: KVCache | None, logits: str, topk: int | None, prefetch: str
+    ) -> Tensor:
         start = cache.length if cache is not None else 0
         self._check(ids, cache, start, logits, topk, prefetch)
         ids = ids.to(self.device)
         if cache is not None:
             cache.whole = False  # until every layer has taken in the new tokens
-        hidden = self.run_layers(ids, start, cache, self._start_lookups(ids, cache, prefetch), topk)
+        hidden = run_layers(ids, start, cache, self._start_lookups(ids, cache, prefetch), topk)
         if cache is not None:
             cache.length += ids.shape[1]
             cache.whole = True
         if logits == "last":
             hidden = hidden[:, -1:]
         return self.head(self.norm(self.merge(hidden))).float()
+
+    def canonical_ids(self, ids: Tensor) -> Tensor:
+        """What Engram hashes for token ids [B, T]; negative where a token is masked from it."""
+        return self.engram_canonical_ids[ids]
 
     def _start_lookups(self, ids: Tensor, cache: KVCache | None, policy: str) -> dict[int, Fetch]:
         """Hash and gather depend on token ids alone, so they can begin before the first layer does."""
@@ -115,7 +127,7 @@ class LanguageModel(nn.Module):
             return {}
         if torch.is_grad_enabled():
             policy = "serial"  # autograd records in the thread that trains
-        canonical = self.engram_canonical_ids[ids].cpu()
+        canonical = self.canonical_ids(ids).cpu()
         pad = int(self.engram_canonical_ids[engram.pad_token_id])
         memory = cache.engram if cache is not None else None
         lookback = memory.ids if memory else canonical[:, :0]

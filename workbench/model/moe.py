@@ -1,6 +1,7 @@
 """Feed-forward layers: a SwiGLU alone, and mixtures of experts with one shared expert.
 
-V4's router takes sqrt-softplus scores, or a table in its hash-routed first layers; V3.2's sigmoid scores, limited to groups.
+V4's router takes sqrt-softplus scores, or a table in its hash-routed first layers, of which V4.1 has none; V3.2's sigmoid
+scores, limited to groups.
 
 Letters: N tokens (batch and time flattened), C model dim, E experts, K experts per token, I expert width.
 (reference/deepseek-v4.md, section 7)
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.config import HybridConfig, LatentConfig
+from workbench.config import DeepSeekV4Config, LatentConfig
 from workbench.model.layers import Tap
 
 
@@ -35,7 +36,7 @@ class Gate(nn.Module):
     tid2eid: Tensor
     bias: Tensor
 
-    def __init__(self, config: HybridConfig, hashed: bool) -> None:
+    def __init__(self, config: DeepSeekV4Config, hashed: bool) -> None:
         super().__init__()
         experts, k = config.n_routed_experts, config.num_experts_per_tok
         self.k, self.scaling = k, config.routed_scaling_factor
@@ -86,7 +87,7 @@ class GroupedGate(nn.Module):
 class Experts(nn.Module):
     """All routed experts, stacked: w13 [E, 2I, C] holds gate rows first, then up rows; w2 [E, C, I]."""
 
-    def __init__(self, config: HybridConfig | LatentConfig) -> None:
+    def __init__(self, config: DeepSeekV4Config | LatentConfig) -> None:
         super().__init__()
         e, i, c = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.limit = config.swiglu_limit
@@ -127,7 +128,7 @@ class SwiGLU(nn.Module):
 class MoE(nn.Module):
     """Routed experts and the shared one, which every token visits with weight one."""
 
-    def __init__(self, config: HybridConfig | LatentConfig, hashed: bool = False) -> None:
+    def __init__(self, config: DeepSeekV4Config | LatentConfig, hashed: bool = False) -> None:
         super().__init__()
         self.gate = GroupedGate(config) if isinstance(config, LatentConfig) else Gate(config, hashed)
         self.experts = Experts(config)

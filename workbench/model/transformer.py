@@ -51,9 +51,9 @@ class Block(nn.Module):
 
     def _remember(self, x: Tensor, fetch: Fetch, memory: EngramState | None) -> Tensor:
         lookup = self.lookup_tap(fetch.result())
-        past = memory.conv[self.layer] if memory else None
+        past = memory.conv.get(self.layer) if memory else None
         x, keep = self.engram(x, lookup.rows, lookup.memory.to(x), past)
-        if memory:
+        if memory and keep is not None:
             memory.conv[self.layer] = keep.detach().to(torch.float32, copy=True)  # a view would keep the whole call alive
         return x
 

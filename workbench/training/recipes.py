@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from workbench.config import DenseConfig, EngramConfig, HybridConfig, LatentConfig, ModelConfig, RopeConfig
+from workbench.config import (
+    DenseConfig,
+    EngramConfig,
+    HybridConfig,
+    LatentConfig,
+    ModelConfig,
+    RopeConfig,
+    SharedStreamConfig,
+)
 from workbench.errors import InputError
 
 
@@ -29,7 +37,7 @@ class Recipe:
     name: str
     seed: int
     phases: tuple[Phase, ...]
-    family: Literal["v4", "mla-dsa", "gqa"] = "v4"
+    family: Literal["v4", "v41", "mla-dsa", "gqa"] = "v4"
     start_from: str | None = None  # a shipped checkpoint whose weights and tokenizer training starts from; else the seed
     engram: bool = False
     vocab_size: int = 1536
@@ -60,6 +68,8 @@ class Recipe:
             return _grouped(self.vocab_size)
         if self.family == "mla-dsa":
             return _latent(self.vocab_size)
+        if self.family == "v41":
+            return _shared_stream(self.vocab_size, compressed_vocab_size)
         return self._hybrid(compressed_vocab_size)
 
     def _hybrid(self, compressed_vocab_size: int) -> HybridConfig:
@@ -104,6 +114,47 @@ def _grouped(vocab_size: int) -> DenseConfig:
         intermediate_size=256,
         rope=RopeConfig(theta=160000.0),
         max_position_embeddings=131072,
+    )
+
+
+def _shared_stream(vocab_size: int, compressed_vocab_size: int) -> SharedStreamConfig:
+    """V4.1 with every mode: window, Full at ratio 2, then Full with a candidate pool, Reindex and Reuse at ratio 1.
+
+    Its Engram tables are half as large as V4's, because 4-grams make three of them a head.
+    """
+    return SharedStreamConfig(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        num_attention_heads=4,
+        head_dim=64,
+        qk_rope_head_dim=16,
+        q_lora_rank=64,
+        o_groups=2,
+        o_lora_rank=64,
+        compress_ratios=(0, 2, 1, 1, 1),
+        kv_source_layer_ids=(1, 2),
+        index_source_layer_ids=(1, 2, 3),
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=16,
+        candidate_source_layer_id=2,
+        candidate_topk_blocks=24,
+        candidate_block_size=4,
+        sliding_window=16,
+        compress_rope=RopeConfig(theta=160000.0, factor=16.0, original_max_position_embeddings=8192),
+        max_position_embeddings=131072,
+        engram=EngramConfig(
+            layer_ids=(1,),
+            vocab_size=4096,
+            compressed_vocab_size=compressed_vocab_size,
+            max_ngram_size=4,
+            n_heads=4,
+            head_dim=16,
+            conv_kernel_size=0,
+        ),
     )
 
 
@@ -169,6 +220,7 @@ RECIPES = {
     for recipe in (
         _TINY_V4,
         replace(_TINY_V4, name="tiny-v4-engram", engram=True),
+        replace(_TINY_V4, name="tiny-v41", family="v41", engram=True),
         replace(_TINY_V4, name="tiny-mla-dsa", family="mla-dsa"),
         replace(_TINY_V4, name="tiny-gqa", family="gqa", phases=_DENSE_PHASES),
         _TALLY,

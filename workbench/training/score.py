@@ -32,8 +32,8 @@ def far_distance(model: LanguageModel) -> int:
     return config.sliding_window + 2 * config.csa_ratio if config.sliding_window else tasks.FAR
 
 
-def entries_of(config: ModelConfig, layer: int, token: np.ndarray) -> list[np.ndarray]:
-    """The entries of ``layer`` that read ``token``; overlapping CSA blocks are read twice."""
+def entries_of(config: ModelConfig, layer: int, token: Any) -> list[Any]:
+    """The entries of ``layer`` that read ``token``, a number or an array of them; a token is in two overlapping CSA blocks."""
     own = token // config.compress_ratios[layer]
     return [own, own + 1] if config.layer_kinds[layer] == "csa" else [own]
 
@@ -93,8 +93,7 @@ def needle_hits(
 
     Per selecting layer and per query that may look it up: the key, next to last in the question, or the question's end. A model
     may fetch the value as soon as the key is named and hand it on through the window. Lower layers first, the key before the
-    end; empty for a model that does not select.
-    ``sought`` says which needles a question has: the last one, or ``all_records``.
+    end; empty for a model that does not select. ``sought`` says which needles a question has: the last one, or ``all_records``.
     """
     found: dict[str, list[np.ndarray]] = {}
     for batch in batches if selecting_layers(model.config) else ():

@@ -15,7 +15,7 @@ from pydoc_data import topics as _topics
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from workbench.errors import InputError, WorkbenchError
 
@@ -101,35 +101,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1536) -> Tokenizer:
             f"vocab_size {vocab_size} leaves {len(broken)} needle words in pieces, such as {broken[:3]}; enlarge it"
         )
     return tokenizer
-
-
-def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Engram's tokenizer compression: [V] canonical id of every token, numbered in order of first appearance.
-
-    Tokens whose text is the same after NFKC, accents stripped, lower case and white space folded share an id; pieces of a
-    multi-byte character keep their own. (reference/engram-and-overlap.md, section 1.1)
-    """
-    mark = "\ue000"  # protects a token that is exactly one space from being stripped
-    normalise = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.NFD(),
-            normalizers.StripAccents(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
-            normalizers.Replace(Regex("^ $"), mark),
-            normalizers.Strip(),
-            normalizers.Replace(mark, " "),
-        ]
-    )
-    numbers: dict[str, int] = {}
-    out = []
-    for token in range(tokenizer.get_vocab_size()):
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        raw = tokenizer.id_to_token(token)
-        key = str(raw) if "\ufffd" in text else (normalise.normalize_str(text) or text)
-        out.append(numbers.setdefault(key, len(numbers)))
-    return np.asarray(out, np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 from workbench import checkpoint
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
+from workbench.model.engram import canonical_ids
 from workbench.model.families import model_class
 from workbench.model.language_model import LanguageModel
 from workbench.model.moe import MoE
@@ -65,7 +66,7 @@ def prepare(recipe: Recipe) -> Data:
     started = checkpoint.load(recipe.start_from, device="cpu").tokenizer if recipe.start_from else None
     tokenizer = started or tasks.train_tokenizer([train_text], recipe.vocab_size)
     encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)  # noqa: E731
-    return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), tasks.canonical_ids(tokenizer))
+    return Data(tokenizer, encode(train_text), encode(tasks.heldout_sample()), canonical_ids(tokenizer))
 
 
 def build(recipe: Recipe, data: Data) -> LanguageModel:
