@@ -30,7 +30,7 @@ LATENT = {
     "q_lora_rank": 8,
     "kv_lora_rank": 12,
     "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
+    "qk_rope_head_dim": 8,
     "v_head_dim": 6,
     "intermediate_size": 16,
     "first_k_dense_replace": 1,
