@@ -24,6 +24,7 @@ from workbench.model.engram import EngramGates
 from workbench.model.indexer import IndexQueries
 from workbench.model.kv_cache import GrowingRows, KVCache, Rows
 from workbench.model.language_model import LanguageModel
+from workbench.runtime import synchronize
 from workbench.trace import (
     ATTENDING_TO_ALL,
     FULL_ROW_TOKENS,
@@ -320,8 +321,7 @@ class Recorder:
 
     def _on_block_end(self, layer: int) -> Any:
         def note(_module: Any, _inputs: Any, _out: Any) -> None:
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize(self.model.device)  # so that a span ends when the work does
+            synchronize(self.model.device)  # so that a span ends when the work does
             after = (f"layer {layer} gather",) if layer in self.engram else ()
             self._span("compute", f"layer {layer}", max(self._block_from, self._waited), time.perf_counter(), after=after)
 

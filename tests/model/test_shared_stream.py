@@ -14,7 +14,7 @@ from workbench.config import SharedStreamConfig
 from workbench.errors import InputError
 from workbench.live import run
 from workbench.model.attention.hybrid import Attention
-from workbench.model.indexer import IndexQueries, candidate_blocks, keep_best, score_entries, select_candidates
+from workbench.model.indexer import IndexQueries, candidate_blocks, keep_best, select_candidates, visible_scores
 from workbench.model.kv_cache import Rows
 from workbench.trace import Trace
 
@@ -131,7 +131,7 @@ def test_a_pool_is_scored_by_itself_with_the_result_of_scoring_everything(entrie
         Rows(torch.randn(2, entries, 8, generator=generator)),
     )
     closed = torch.linspace(0, entries, t).long()
-    scores = score_entries(index.q, index.w, index.k, closed)
+    scores = visible_scores(index.q, index.w, index.k, closed, index.k.length)
     pool = candidate_blocks(torch.randn(scores.shape, generator=generator) + 0 * scores, closed, blocks, size)
     inside = ((torch.arange(entries) // size).view(1, 1, -1, 1) == pool.unsqueeze(2)).any(-1)
     expected = keep_best(scores.masked_fill(~inside, -torch.inf), min(topk, blocks * size))
@@ -168,6 +168,20 @@ def test_the_cache_holds_what_the_rules_say_and_allocates_what_it_reports(seed, 
             assert storage_bytes(cache) == cache.nbytes + cache.nbytes_reserved
 
 
+def test_a_packed_cache_is_read_as_it_is_stored_whatever_the_split():
+    """The same values are rounded in every split, but one on a rounding edge may fall to either side: a coarse step, seldom."""
+    config, near, rounding = tiny(0, index_topk=1000, candidate_source_layer_id=-1), 0, []
+    for seed in range(6):
+        model, ids = random_model(config, seed), random_ids(config, 1, 41, seed)
+        with torch.inference_mode():
+            whole = model(ids, model.new_cache(1, "released"))
+            cache = model.new_cache(1, "released")
+            pieces = torch.cat([model(p, cache) for p in ids.split(random_pieces(41, seed), dim=1)], dim=1)
+            rounding.append(float((model(ids) - whole).abs().mean()))
+        near += bool((whole - pieces).abs().median() < ROUNDING)
+    assert near >= 4 and min(rounding) > 100 * ROUNDING
+
+
 def test_remembering_fills_the_cache_as_attending_does():
     config = tiny(0)
     model, ids = random_model(config), random_ids(config, 1, 23)
@@ -186,10 +200,10 @@ def test_remembering_fills_the_cache_as_attending_does():
     for hook in hooks:
         hook.remove()
     for one, other in zip(attending.layers, remembering.layers, strict=True):
-        assert torch.equal(one.window.last(one.window.held), other.window.last(one.window.held))
+        assert torch.allclose(one.window.last(one.window.held), other.window.last(one.window.held), atol=1e-5)  # other products
         for part in ("compressed", "index"):
             if getattr(one, part) is not None:
-                assert torch.equal(getattr(one, part).read(), getattr(other, part).read())
+                assert torch.allclose(getattr(one, part).read(), getattr(other, part).read(), atol=1e-5)
 
 
 REPLAYABLE = {"sliding_window": 4, "engram_layer_ids": [0, 1], "index_topk": 3}

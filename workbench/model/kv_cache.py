@@ -77,6 +77,8 @@ class GrowingRows:
         self.bytes_read = 0
 
     def append(self, rows: Tensor) -> None:
+        if not rows.shape[1]:
+            return
         needed = self.length + rows.shape[1]
         if needed > self._rows.shape[1]:
             self.reserve(max(needed, FIRST_ROWS, int(GROWTH * self._rows.shape[1])))
@@ -151,16 +153,29 @@ class WindowRing:
         slots = torch.arange(self.length - count, self.length, device=self._ring.device) % self._ring.shape[1]
         return self.form.decode(self._ring[:, slots])
 
+    def read(self) -> Tensor:
+        """All keys held, decoded, [B, held, D], in the ring's order: a softmax does not mind."""
+        self.bytes_read += self.held * self._row_bytes
+        return self.form.decode(self._ring[:, : self.held])
+
     def append(self, keys: Tensor) -> Tensor:
         """Take in keys [B, T, D]; returns them all as stored and decoded, the ones attention is to use."""
-        window, count = self._ring.shape[1], keys.shape[1]
-        kept = min(count, window)
-        slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
-        stored = self.form.encode(keys)
-        self._ring[:, slots] = stored[:, count - kept :].detach()
-        self.length += count
-        self.bytes_read += count * self._row_bytes
+        stored = self.store(keys)
+        self.bytes_read += keys.shape[1] * self._row_bytes
         return self.form.decode(stored)
+
+    def store(self, keys: Tensor) -> Tensor:
+        """Take in keys [B, T, D]; returns all of them encoded."""
+        window, count = self._ring.shape[1], keys.shape[1]
+        stored = self.form.encode(keys)
+        if count == 1:  # one decoded token has one slot
+            self._ring[:, self.length % window] = stored[:, 0].detach()
+        else:
+            kept = min(count, window)
+            slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
+            self._ring[:, slots] = stored[:, count - kept :].detach()
+        self.length += count
+        return stored
 
     def skip(self, count: int) -> None:
         """Let ``count`` tokens pass whose keys nobody will read, because W more are appended before anyone looks."""
@@ -208,6 +223,11 @@ class BlockTail:
     @property
     def overlap(self) -> Tensor:
         return self._overlap
+
+    def add(self, pair: Tensor) -> None:
+        """More tokens for the open block, pair [2, B, t, width]; they must not fill it."""
+        first, self.count = self.count, self.count + pair.shape[2]
+        self._open[:, :, first : self.count] = pair.detach()
 
     def keep(self, rest: Tensor, last_block: Tensor | None, finished: int) -> None:
         """rest [2, B, r, width] becomes the open block; last_block [2, B, R, overlap] the new look-back."""
