@@ -136,6 +136,8 @@ def test_every_widget_shows_the_run_and_follows_its_controls(live, family):
     held = {part for part, nbytes in live.trace.cache_bytes.items() if nbytes.any()}
     assert held <= {data.name for data in growth.figure.data} and ("kv" in held) == (family in OF_TOKENS)
     assert "L = 301 tokens" in growth.panel.value and timeline.figure.data
+    assert growth.panel.value.count("= equal") >= len(held) + 1 and "NOT EQUAL" not in growth.panel.value
+    assert "formula for this kind" not in growth.panel.value and any("modelled" in data.name for data in growth.figure.data)
     for record in live.trace.layers:
         explorer.layer.value = record.layer
         for head in ("max", 3):
