@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from workbench.config import EngramConfig, HybridConfig, RopeConfig
 from workbench.model.families import model_class
-from workbench.model.indexer import visible_scores
+from workbench.model.indexer import score_entries
 from workbench.model.transformer import V4Model
 
 CONFIG = HybridConfig(
@@ -146,7 +146,7 @@ def settled(model: Any, ids: torch.Tensor) -> torch.Tensor:
         if not index.k.length:
             return
         closed = (torch.arange(ids.shape[1]) + 1) // model.config.compress_ratios[source]
-        scores = visible_scores(index.q, index.w, index.k, closed, index.k.length)
+        scores = score_entries(index.q, index.w, index.k, closed)
         size, blocks = model.config.candidate_block_size, model.config.candidate_topk_blocks
         best = torch.stack([part.amax(-1) for part in scores.split(size, dim=-1)], dim=-1)
         best[:, torch.arange(len(closed)), ((closed - 1) // size).clamp(min=0)] = torch.inf

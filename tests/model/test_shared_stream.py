@@ -14,7 +14,7 @@ from workbench.config import SharedStreamConfig
 from workbench.errors import InputError
 from workbench.live import run
 from workbench.model.attention.hybrid import Attention
-from workbench.model.indexer import IndexQueries, candidate_blocks, keep_best, select_candidates, visible_scores
+from workbench.model.indexer import IndexQueries, candidate_blocks, keep_best, score_entries, select_candidates
 from workbench.model.kv_cache import Rows
 from workbench.trace import Trace
 
@@ -131,7 +131,7 @@ def test_a_pool_is_scored_by_itself_with_the_result_of_scoring_everything(entrie
         Rows(torch.randn(2, entries, 8, generator=generator)),
     )
     closed = torch.linspace(0, entries, t).long()
-    scores = visible_scores(index.q, index.w, index.k, closed, index.k.length)
+    scores = score_entries(index.q, index.w, index.k, closed)
     pool = candidate_blocks(torch.randn(scores.shape, generator=generator) + 0 * scores, closed, blocks, size)
     inside = ((torch.arange(entries) // size).view(1, 1, -1, 1) == pool.unsqueeze(2)).any(-1)
     expected = keep_best(scores.masked_fill(~inside, -torch.inf), min(topk, blocks * size))

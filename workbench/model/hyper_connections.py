@@ -24,7 +24,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """
     a = torch.softmax(logits, dim=-1) + eps
     if len(a) <= FEW_MATRICES and a.shape[-1] == 4 and a.is_cpu and not a.requires_grad:
-        return torch.tensor([_balance_4x4(matrix, iterations, eps) for matrix in a.tolist()], dtype=a.dtype)
+        return torch.tensor([_balance_4x4(rows, iterations, eps) for rows in a.tolist()], dtype=a.dtype)
     # Sums over tiny trailing axes are slow; with the many matrices last, every operation runs along long contiguous rows.
     a = a.permute(1, 2, 0).contiguous()  # [row, column, N]
     a = a / (a.sum(0, keepdim=True) + eps)
@@ -34,27 +34,20 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     return a.permute(2, 0, 1)
 
 
-def collapse(streams: Tensor, weights: Tensor) -> Tensor:
-    """sum_m weights[m] streams[m]: streams [B, T, M, C] read with weights [B, T, M] -> [B, T, C]."""
-    batch, t, m, c = streams.shape
-    return torch.bmm(weights.to(streams.dtype).reshape(-1, 1, m), streams.reshape(-1, m, c)).view(batch, t, c)
-
-
 Row = list[float]
 
 
-def _balance_4x4(matrix: list[Row], iterations: int, eps: float) -> tuple[Row, Row, Row, Row]:
-    """Sinkhorn's steps on one matrix, a list of rows, in plain numbers: a decoded token's share of the work.
+def _balance_4x4(rows: list[Row], iterations: int, eps: float) -> list[Row]:
+    """Sinkhorn's steps on one matrix, in plain numbers: a decoded token's share of the work.
 
     Four streams are what every released model has, and 120 tensor operations on 16 numbers cost four times as much. The rows
     stay as they are; what is kept is what each row and column has been divided by so far, r and s. A row step divides row i
     by its sum plus eps: sum_j a_ij / (r_i s_j) + eps, which makes the new r_i = sum_j a_ij / s_j + eps r_i.
     """
-    a, b, c, d = matrix
-    (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3) = a, b, c, d
+    (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3) = rows
     ra = rb = rc = rd = 1.0
     pa = pb = pc = pd = 1.0  # 1 / r
-    s0, s1, s2, s3 = (sum(column) + eps for column in zip(a, b, c, d, strict=True))
+    s0, s1, s2, s3 = (sum(column) + eps for column in zip(*rows, strict=True))
     p0, p1, p2, p3 = 1 / s0, 1 / s1, 1 / s2, 1 / s3
     for _ in range(iterations - 1):
         ra = a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3 + eps * ra
@@ -67,12 +60,18 @@ def _balance_4x4(matrix: list[Row], iterations: int, eps: float) -> tuple[Row, R
         s2 = a2 * pa + b2 * pb + c2 * pc + d2 * pd + eps * s2
         s3 = a3 * pa + b3 * pb + c3 * pc + d3 * pd + eps * s3
         p0, p1, p2, p3 = 1 / s0, 1 / s1, 1 / s2, 1 / s3
-    return (
+    return [
         [a0 * pa * p0, a1 * pa * p1, a2 * pa * p2, a3 * pa * p3],
         [b0 * pb * p0, b1 * pb * p1, b2 * pb * p2, b3 * pb * p3],
         [c0 * pc * p0, c1 * pc * p1, c2 * pc * p2, c3 * pc * p3],
         [d0 * pd * p0, d1 * pd * p1, d2 * pd * p2, d3 * pd * p3],
-    )
+    ]
+
+
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """sum_m pre_m X_m: streams [B, T, M, C] read with weights [B, T, M] -> [B, T, C]."""
+    batch, t, m, c = streams.shape
+    return torch.bmm(pre.to(streams.dtype).reshape(-1, 1, m), streams.reshape(-1, m, c)).view(batch, t, c)
 
 
 class HyperConnection(nn.Module):

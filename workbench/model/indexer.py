@@ -45,17 +45,19 @@ def score_chunk(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
     return torch.matmul(w.float().unsqueeze(2), products.unflatten(1, q.shape[1:3])).squeeze(2)
 
 
-def topk_lower_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_lower_first(scores: Tensor, k: int, least: float | None = None) -> tuple[Tensor, Tensor]:
     """The k best along the last axis, best first; of equal scores the lower entry number wins, everywhere alike.
 
     Plain ``topk`` breaks ties differently at different lengths, but where the k + 1 best are all different there is nothing
-    to break; the rows that have a tie, few in practice, are done again by keys that leave none.
+    to break; the rows that have a tie, few in practice, are done again by keys that leave none. Of scores equal to ``least``,
+    where given, any may come first.
     """
     detached = scores.detach()
     if not scores.shape[-1]:
         return scores, torch.zeros_like(scores, dtype=torch.int64)
     best, entries = detached.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    tied = (best[..., 1:] == best[..., :-1]).any(-1)
+    tied = best[..., 1:] == best[..., :-1]
+    tied = (tied if least is None else tied & (best[..., 1:] > least)).any(-1)
     entries = entries[..., :k]
     if tied.any():
         rows = tied.nonzero(as_tuple=True)
@@ -73,8 +75,8 @@ def _topk_by_keys(scores: Tensor, k: int) -> Tensor:
     return 0x7FFFFFFF - (keys.topk(k, dim=-1).values & 0x7FFFFFFF)
 
 
-def score_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, entries: int) -> Tensor:
-    """Index scores of the first ``entries`` entries, float32 [B, T, entries], a tile of queries and entries at a time."""
+def _scores(q: Tensor, w: Tensor, k: Rows | GrowingRows, entries: int) -> Tensor:
+    """Scores of the first ``entries`` entries, float32 [B, T, entries], a tile of queries and entries at a time."""
     batch, t, heads = q.shape[:3]
     room = CACHED_ELEMENTS if q.is_cpu else SCORE_ELEMENTS
     queries = min(t, CACHED_QUERIES) if q.is_cpu else t
@@ -101,23 +103,28 @@ def select_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor |
         raise InputError(f"topk must be positive, got {topk}")
     kept = min(topk, k.length)
     if closed is None:
-        return keep_best(score_entries(q, w, k, k.length), kept)
+        return keep_best(_scores(q, w, k, k.length), kept)
     seen = int(closed.max())  # nobody here sees further, so nothing further is scored
-    best, entries = keep_best(visible_scores(q, w, k, closed, seen), topk)
+    best, entries = keep_best(_hide(_scores(q, w, k, seen), closed), kept)
     if seen < kept:
         best, entries = F.pad(best, (0, kept - seen), value=-torch.inf), F.pad(entries, (0, kept - seen), value=-1)
     return Selection(best, entries)
 
 
-def visible_scores(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor, entries: int) -> Tensor:
-    """Scores of the first ``entries`` entries, float32 [B, T, entries], -inf where one lies in the query's future."""
-    visible = torch.arange(entries, device=q.device) < closed.unsqueeze(-1)  # [T, entries]
-    return score_entries(q, w, k, entries).masked_fill(~visible, -torch.inf)
+def score_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor) -> Tensor:
+    """Scores of all entries, float32 [B, T, S], -inf where one lies in the query's future; shapes as ``select_entries``."""
+    seen = int(closed.max())
+    return F.pad(_hide(_scores(q, w, k, seen), closed), (0, k.length - seen), value=-torch.inf)
+
+
+def _hide(scores: Tensor, closed: Tensor) -> Tensor:
+    visible = torch.arange(scores.shape[-1], device=scores.device) < closed.unsqueeze(-1)  # [T, S]
+    return scores.masked_fill(~visible, -torch.inf)
 
 
 def keep_best(scores: Tensor, topk: int) -> Selection:
     """The ``topk`` best of scores [B, T, S], or all S; -inf means there is no such entry."""
-    best, entries = topk_lower_first(scores, min(topk, scores.shape[-1]))
+    best, entries = topk_lower_first(scores, min(topk, scores.shape[-1]), least=-torch.inf)
     return Selection(best, entries.masked_fill(best == -torch.inf, -1))
 
 
@@ -143,7 +150,7 @@ def select_candidates(index: IndexQueries, pool: Tensor, size: int, closed: Tens
     """
     width = min(pool.shape[-1] * size, index.k.length)  # so many are kept at most, whichever way they are found
     if index.k.length <= 2 * pool.shape[-1] * size:
-        scores = visible_scores(index.q, index.w, index.k, closed, index.k.length)
+        scores = score_entries(index.q, index.w, index.k, closed)
         held = scores.new_zeros(*scores.shape[:2], -(-index.k.length // size) + 1, dtype=torch.bool)
         held.scatter_(-1, pool.masked_fill(pool < 0, held.shape[-1] - 1), True)  # the last column takes what is no block
         inside = held[..., :-1].repeat_interleave(size, dim=-1)[..., : index.k.length]
@@ -213,7 +220,7 @@ class StreamIndexer(nn.Module):
         """x [B, T, C], low-rank queries qr [B, T, rank], turns [T, R / 2], all keys of the stream."""
         q = rotate(self.wq_b(qr.detach()).unflatten(-1, (self.heads, self.width)), turns.unsqueeze(1))
         w = self.weights_proj(x.detach()) * (self.width**-0.5 * self.heads**-0.5)
-        return self.index_tap(IndexQueries(keys.as_queries(q), w, keys))
+        return self.index_tap(IndexQueries(q, w, keys))
 
 
 class TokenIndexer(nn.Module):

@@ -153,29 +153,30 @@ class WindowRing:
         slots = torch.arange(self.length - count, self.length, device=self._ring.device) % self._ring.shape[1]
         return self.form.decode(self._ring[:, slots])
 
-    def read(self) -> Tensor:
-        """All keys held, decoded, [B, held, D], in the ring's order: a softmax does not mind."""
-        self.bytes_read += self.held * self._row_bytes
-        return self.form.decode(self._ring[:, : self.held])
+    def read(self, in_order: bool) -> Tensor:
+        """All keys held, the newest just handed out by ``append``, decoded, [B, held, D].
+
+        ``in_order`` of tokens, or as they lie in the ring: then nothing is copied, and a softmax does not mind.
+        """
+        self.bytes_read += (self.held - 1) * self._row_bytes
+        slots: slice | Tensor = slice(0, self.held)
+        if in_order and self.length > self.held:
+            slots = torch.arange(self.length, self.length + self.held, device=self._ring.device) % self.held
+        return self.form.decode(self._ring[:, slots])
 
     def append(self, keys: Tensor) -> Tensor:
         """Take in keys [B, T, D]; returns them all as stored and decoded, the ones attention is to use."""
-        stored = self.store(keys)
-        self.bytes_read += keys.shape[1] * self._row_bytes
-        return self.form.decode(stored)
-
-    def store(self, keys: Tensor) -> Tensor:
-        """Take in keys [B, T, D]; returns all of them encoded."""
         window, count = self._ring.shape[1], keys.shape[1]
+        kept = min(count, window)
+        first = (self.length + count - kept) % window
+        slots: slice | Tensor = slice(first, first + kept)  # as those of one token always are
+        if first + kept > window:
+            slots = torch.arange(first, first + kept, device=keys.device) % window
         stored = self.form.encode(keys)
-        if count == 1:  # one decoded token has one slot
-            self._ring[:, self.length % window] = stored[:, 0].detach()
-        else:
-            kept = min(count, window)
-            slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
-            self._ring[:, slots] = stored[:, count - kept :].detach()
+        self._ring[:, slots] = stored[:, count - kept :].detach()
         self.length += count
-        return stored
+        self.bytes_read += count * self._row_bytes
+        return self.form.decode(stored)
 
     def skip(self, count: int) -> None:
         """Let ``count`` tokens pass whose keys nobody will read, because W more are appended before anyone looks."""

@@ -99,7 +99,7 @@ class HybridAttention(nn.Module):
         assert cache.window is not None
         kept = min(x.shape[1], self.window)  # keys that this very call pushes out of the window again are left out
         cache.window.skip(x.shape[1] - kept)
-        cache.window.store(self._keys(x[:, -kept:], self._turns(at)[-kept:]))
+        cache.window.append(self._keys(x[:, -kept:], self._turns(at)[-kept:]))
         self._entries(x, at.start, cache)
         if self.kind == "csa":
             self.indexer.remember(x, at.start, cache)
@@ -123,9 +123,8 @@ class HybridAttention(nn.Module):
     def _keys_of_one(self, new: Tensor, cache: LayerCache) -> Tensor:
         """The window keys one decoded token attends to, itself among them, [B, 1..W, D]; in token order if somebody listens."""
         assert cache.window is not None
-        cache.window.store(new)
-        keys = cache.window.last(cache.window.held) if self.attention_tap.listening else cache.window.read()
-        return keys.to(new.dtype)
+        cache.window.append(new)
+        return cache.window.read(in_order=self.attention_tap.listening).to(new.dtype)
 
     def _entries(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
         """All compressed entries complete after the new tokens, [B, S, D]; none in a window-only layer."""
@@ -161,7 +160,7 @@ class HybridAttention(nn.Module):
             closed = torch.arange(start + 1, start + t + 1, device=q.device) // self.ratio
         selection = runner_up = None
         kept = min(topk or self.topk, entries.length) if index is not None else entries.length
-        if index is not None and entries.length and (listening or kept < entries.length):
+        if index is not None and entries.length:
             best = select_entries(index.q[:, mine], index.w[:, mine], index.k, closed, kept + 1 if listening else kept)
             selection = Selection(best.scores[..., :kept], best.entries[..., :kept])
             runner_up = Selection(best.scores[..., kept:], best.entries[..., kept:])

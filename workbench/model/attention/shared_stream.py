@@ -24,8 +24,8 @@ from workbench.model.indexer import (
     StreamIndexer,
     candidate_blocks,
     keep_best,
+    score_entries,
     select_candidates,
-    visible_scores,
 )
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import GroupedProjection, RMSNorm, Rotary, Tap, rotate
@@ -188,7 +188,7 @@ class SharedStreamAttention(nn.Module):
             if pool is not None:
                 found.append(select_candidates(part, pool[:, mine], self.block, closed, kept + listening))
                 continue
-            scores = visible_scores(part.q, part.w, part.k, closed, entries)
+            scores = score_entries(part.q, part.w, part.k, closed)
             found.append(keep_best(scores, kept + listening))
             if self.makes_pool:
                 pools.append(candidate_blocks(scores, closed, self.blocks, self.block))
