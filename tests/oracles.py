@@ -185,10 +185,8 @@ def _random_weight(name: str, shape: torch.Size, experts: int, generator: torch.
         return noise * shape[-2] ** -0.5
     if leaf in ("scale", "hc_scale"):
         return 0.75 + 0.1 * noise
-    if (
-        leaf in ("sinks", "position_bias", "e_score_correction_bias", "bias_vl", "base", "hc_base", "bias")
-        or "sinks_param" in name
-    ):
+    biases = ("sinks", "position_bias", "e_score_correction_bias", "bias_vl", "base", "hc_base", "bias")
+    if leaf in biases or "sinks_param" in name:
         return 0.5 * noise
     return noise * shape[-1] ** -0.5
 

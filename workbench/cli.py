@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--prefetch", choices=("prefetch", "serial"), default="prefetch", help="when Engram rows are fetched")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    run.add_argument("--device", default="auto", help="auto, or as torch names it: cpu, cuda:1, mps")
     run.set_defaults(command=_run)
 
     cost = commands.add_parser("cost", help="count a published model's cache, work and fit, without running it")
@@ -271,7 +271,12 @@ def _check_packages() -> list[tuple[str, str]]:
             lines.append(("warning", f'{name} {version} is outside {bounds}: pip install "{name}{bounds}"'))
         else:
             lines.append(("ok", f"{name} {version}"))
-    return lines
+    name, bounds = runtime.LONE_ORACLE
+    version = runtime.installed_version(name)
+    if version is not None and runtime.within(version, bounds):
+        return [*lines, ("ok", f"{name} {version}")]
+    found = "is not installed" if version is None else f"{version} is not {bounds.strip('=')}"
+    return [*lines, ("warning", f"{name} {found}: pip install --no-deps {name}{bounds} (for the tests)")]
 
 
 def _check_machine() -> list[tuple[str, str]]:

@@ -34,18 +34,19 @@ class Compressor(nn.Module):
         Without a tail the call must begin a sequence (start 0) and the rest of an open block is dropped.
         """
         batch, ratio = x.shape[0], self.ratio
-        row = torch.arange(start, start + x.shape[1], device=x.device) % ratio
         weight_type = self.wkv.weight.dtype
         x = x.to(weight_type)
-        pair = torch.stack([self.wkv(x).float(), self.wgate(x).float() + self.ape[row].float()])  # values, scores [2, B, T, w]
+        ape = self._ape(start % ratio, x.shape[1]).float()
+        pair = torch.stack([self.wkv(x).float(), self.wgate(x).float() + ape])  # values, scores [2, B, T, w]
+        if tail is not None and tail.count + x.shape[1] < ratio:  # what most decoded tokens do
+            tail.add(pair)
+            return x.new_zeros(batch, 0, self.width)
         if tail is not None and tail.count:
             pair = torch.cat([tail.open, pair], dim=2)
         blocks = pair.shape[2] // ratio
         rest = pair[:, :, blocks * ratio :]
         closed = pair[:, :, : blocks * ratio].unflatten(2, (blocks, ratio))  # [2, B, n, R, w]
-        if blocks == 0:
-            if tail is not None:
-                tail.keep(rest, None, 0)
+        if blocks == 0:  # and no tail to remember the tokens
             return x.new_zeros(batch, 0, self.width)
         finished_before = tail.blocks if tail is not None else 0
         rows = closed
@@ -59,6 +60,12 @@ class Compressor(nn.Module):
         pooled = self.norm((torch.softmax(scores, dim=2) * values).sum(2).to(weight_type))
         positions = torch.arange(finished_before, finished_before + blocks, device=x.device) * ratio
         return rotate(pooled, self.rotary(positions))
+
+    def _ape(self, first: int, tokens: int) -> Tensor:
+        """Position biases of ``tokens`` tokens from row ``first`` of a block on, [T, w]."""
+        if first + tokens <= self.ratio:
+            return self.ape[first : first + tokens]
+        return self.ape[torch.arange(first, first + tokens, device=self.ape.device) % self.ratio]
 
 
 def _nothing_before(a: Tensor) -> Tensor:

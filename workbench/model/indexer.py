@@ -19,7 +19,9 @@ from workbench.model.compressor import Compressor
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import RMSNorm, Tap, rotate, rotate_halves
 
-SCORE_ELEMENTS = 2**22  # products held at once per query chunk and entry chunk
+SCORE_ELEMENTS = 2**22  # products held at once on an accelerator: queries x heads x entries
+CACHED_ELEMENTS = 2**18  # the same on a CPU: what is multiplied, rectified and summed stays in its second-level cache
+CACHED_QUERIES = 16
 
 
 class Selection(NamedTuple):
@@ -39,48 +41,90 @@ class IndexQueries(NamedTuple):
 
 def score_chunk(q: Tensor, w: Tensor, k: Tensor) -> Tensor:
     """I[t, s] = sum_h w[t, h] relu(q[t, h] . k[s]), float32 [B, T, S]."""
-    products = torch.matmul(q.float().flatten(1, 2), k.float().transpose(1, 2)).relu()  # [B, T * H, S]
+    products = torch.matmul(q.float().flatten(1, 2), k.float().transpose(1, 2)).relu_()  # [B, T * H, S]
     return torch.matmul(w.float().unsqueeze(2), products.unflatten(1, q.shape[1:3])).squeeze(2)
 
 
-def topk_lower_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_lower_first(scores: Tensor, k: int, least: float | None = None) -> tuple[Tensor, Tensor]:
     """The k best along the last axis, best first; of equal scores the lower entry number wins, everywhere alike.
 
-    Sorting keys hold the order-preserving bits of the float in the high half and the reversed entry number in the low
-    half, because ``topk`` alone breaks ties differently at different lengths.
+    Plain ``topk`` breaks ties differently at different lengths, but where the k + 1 best are all different there is nothing
+    to break; the rows that have a tie, few in practice, are done again by keys that leave none. Of scores equal to ``least``,
+    where given, any may come first.
     """
-    bits = (scores.detach().float() + 0.0).view(torch.int32).to(torch.int64)  # adding 0.0 turns -0.0 into 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    reversed_entry = 0x7FFFFFFF - torch.arange(scores.shape[-1], device=scores.device)
-    keys = (ordered << 32) | reversed_entry
-    entries = 0x7FFFFFFF - (keys.topk(k, dim=-1).values & 0x7FFFFFFF)
+    detached = scores.detach()
+    if not scores.shape[-1]:
+        return scores, torch.zeros_like(scores, dtype=torch.int64)
+    best, entries = detached.topk(min(k + 1, scores.shape[-1]), dim=-1)
+    tied = best[..., 1:] == best[..., :-1]
+    tied = (tied if least is None else tied & (best[..., 1:] > least)).any(-1)
+    entries = entries[..., :k]
+    if tied.any():
+        rows = tied.nonzero(as_tuple=True)
+        entries = entries.index_put(rows, _topk_by_keys(detached[rows], k))
     return scores.gather(-1, entries), entries
 
 
-def select_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor, topk: int) -> Selection:
+def _topk_by_keys(scores: Tensor, k: int) -> Tensor:
+    """Entry numbers [N, k] of the k best of scores [N, S]: keys hold the order-preserving bits of the float in the high half
+    and the reversed entry number in the low half, so no two are equal."""
+    bits = (scores.float() + 0.0).view(torch.int32).to(torch.int64)  # adding 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    reversed_entry = 0x7FFFFFFF - torch.arange(scores.shape[-1], device=scores.device)
+    keys = (ordered << 32) | reversed_entry
+    return 0x7FFFFFFF - (keys.topk(k, dim=-1).values & 0x7FFFFFFF)
+
+
+def _scores(q: Tensor, w: Tensor, k: Rows | GrowingRows, entries: int) -> Tensor:
+    """Scores of the first ``entries`` entries, float32 [B, T, entries], a tile of queries and entries at a time."""
+    batch, t, heads = q.shape[:3]
+    room = CACHED_ELEMENTS if q.is_cpu else SCORE_ELEMENTS
+    queries = min(t, CACHED_QUERIES) if q.is_cpu else t
+    width = max(1, room // max(1, batch * queries * heads))
+    if width >= entries and queries == t:
+        return score_chunk(q, w, k.read(0, entries))
+    columns = []
+    for first in range(0, entries, width):
+        keys = k.read(first, min(first + width, entries)).float()
+        tiles = [score_chunk(q[:, i : i + queries], w[:, i : i + queries], keys) for i in range(0, t, queries)]
+        columns.append(torch.cat(tiles, dim=1))
+    return torch.cat(columns, dim=-1)
+
+
+def select_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor | None, topk: int) -> Selection:
     """Score the compressed entries for a chunk of queries and keep the best ``topk``.
 
     q [B, T, H, D]; w [B, T, H]; k rows [B, S, D], shared by all heads; closed [T] how many entries are complete before each
-    query, the rest being in its future. Raises InputError if topk is not positive; a topk beyond S keeps all S.
-    Scoring is T x S work by design; the caller chunks T, and this function S, so memory stays bounded.
+    query, the rest being in its future; None where every query may see them all. Raises InputError if topk is not positive; a
+    topk beyond S keeps all S. Scoring is T x S work by design; the caller chunks T, and ``score_entries`` S, so memory stays
+    bounded.
     """
     if topk <= 0:
         raise InputError(f"topk must be positive, got {topk}")
-    return keep_best(score_entries(q, w, k, closed), topk)
+    kept = min(topk, k.length)
+    if closed is None:
+        return keep_best(_scores(q, w, k, k.length), kept)
+    seen = int(closed.max())  # nobody here sees further, so nothing further is scored
+    best, entries = keep_best(_hide(_scores(q, w, k, seen), closed), kept)
+    if seen < kept:
+        best, entries = F.pad(best, (0, kept - seen), value=-torch.inf), F.pad(entries, (0, kept - seen), value=-1)
+    return Selection(best, entries)
 
 
 def score_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor) -> Tensor:
     """Scores of all entries, float32 [B, T, S], -inf where one lies in the query's future; shapes as ``select_entries``."""
-    width = max(1, SCORE_ELEMENTS // max(1, q.shape[0] * q.shape[1] * q.shape[2]))
-    parts = [score_chunk(q, w, k.read(first, first + width)) for first in range(0, k.length, width)]
-    scores = torch.cat(parts, dim=-1)  # [B, T, S]
-    visible = torch.arange(k.length, device=q.device) < closed.unsqueeze(-1)  # [T, S]
+    seen = int(closed.max())
+    return F.pad(_hide(_scores(q, w, k, seen), closed), (0, k.length - seen), value=-torch.inf)
+
+
+def _hide(scores: Tensor, closed: Tensor) -> Tensor:
+    visible = torch.arange(scores.shape[-1], device=scores.device) < closed.unsqueeze(-1)  # [T, S]
     return scores.masked_fill(~visible, -torch.inf)
 
 
 def keep_best(scores: Tensor, topk: int) -> Selection:
     """The ``topk`` best of scores [B, T, S], or all S; -inf means there is no such entry."""
-    best, entries = topk_lower_first(scores, min(topk, scores.shape[-1]))
+    best, entries = topk_lower_first(scores, min(topk, scores.shape[-1]), least=-torch.inf)
     return Selection(best, entries.masked_fill(best == -torch.inf, -1))
 
 

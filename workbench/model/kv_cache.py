@@ -77,6 +77,8 @@ class GrowingRows:
         self.bytes_read = 0
 
     def append(self, rows: Tensor) -> None:
+        if not rows.shape[1]:
+            return
         needed = self.length + rows.shape[1]
         if needed > self._rows.shape[1]:
             self.reserve(max(needed, FIRST_ROWS, int(GROWTH * self._rows.shape[1])))
@@ -151,11 +153,25 @@ class WindowRing:
         slots = torch.arange(self.length - count, self.length, device=self._ring.device) % self._ring.shape[1]
         return self.form.decode(self._ring[:, slots])
 
+    def read(self, in_order: bool) -> Tensor:
+        """All keys held, the newest just handed out by ``append``, decoded, [B, held, D].
+
+        ``in_order`` of tokens, or as they lie in the ring: then nothing is copied, and a softmax does not mind.
+        """
+        self.bytes_read += (self.held - 1) * self._row_bytes
+        slots: slice | Tensor = slice(0, self.held)
+        if in_order and self.length > self.held:
+            slots = torch.arange(self.length, self.length + self.held, device=self._ring.device) % self.held
+        return self.form.decode(self._ring[:, slots])
+
     def append(self, keys: Tensor) -> Tensor:
         """Take in keys [B, T, D]; returns them all as stored and decoded, the ones attention is to use."""
         window, count = self._ring.shape[1], keys.shape[1]
         kept = min(count, window)
-        slots = torch.arange(self.length + count - kept, self.length + count, device=keys.device) % window
+        first = (self.length + count - kept) % window
+        slots: slice | Tensor = slice(first, first + kept)  # as those of one token always are
+        if first + kept > window:
+            slots = torch.arange(first, first + kept, device=keys.device) % window
         stored = self.form.encode(keys)
         self._ring[:, slots] = stored[:, count - kept :].detach()
         self.length += count
@@ -208,6 +224,11 @@ class BlockTail:
     @property
     def overlap(self) -> Tensor:
         return self._overlap
+
+    def add(self, pair: Tensor) -> None:
+        """More tokens for the open block, pair [2, B, t, width]; they must not fill it."""
+        first, self.count = self.count, self.count + pair.shape[2]
+        self._open[:, :, first : self.count] = pair.detach()
 
     def keep(self, rest: Tensor, last_block: Tensor | None, finished: int) -> None:
         """rest [2, B, r, width] becomes the open block; last_block [2, B, R, overlap] the new look-back."""

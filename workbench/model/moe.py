@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from workbench.config import DeepSeekV4Config, LatentConfig
 from workbench.model.layers import Tap
 
+FEW_ASSIGNMENTS = 8  # of tokens to experts: up to here each is done by itself
+
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit): the gate is bounded from above only."""
@@ -95,20 +97,33 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(e, c, i).uniform_(-(i**-0.5), i**-0.5))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
+        """x [N, C] through the experts chosen [N, K], each weighed: [N, C]."""
+        if chosen.numel() <= FEW_ASSIGNMENTS:
+            return self._one_by_one(x, weights, chosen)
         order = chosen.flatten().argsort(stable=True)  # assignments grouped by expert
-        tokens = order // chosen.shape[1]
-        share = weights.flatten()[order].to(x.dtype).unsqueeze(-1)
+        visitors = x[order // chosen.shape[1]]  # [N * K, C]
         counts = torch.bincount(chosen.flatten(), minlength=self.w13.shape[0]).tolist()
-        first = 0
+        parts, first = [], 0
         for expert, count in enumerate(counts):
             if count:
-                mine = slice(first, first + count)
-                gate, up = F.linear(x[tokens[mine]], self.w13[expert]).chunk(2, dim=-1)
-                y = F.linear(clamped_swiglu(gate, up, self.limit), self.w2[expert])
-                out = out.index_add(0, tokens[mine], y * share[mine])
+                gate, up = F.linear(visitors[first : first + count], self.w13[expert]).chunk(2, dim=-1)
+                parts.append(F.linear(clamped_swiglu(gate, up, self.limit), self.w2[expert]))
                 first += count
-        return out
+        done = torch.cat(parts)[order.argsort()].view(*chosen.shape, -1)  # back in the tokens' order, [N, K, C]
+        return torch.matmul(weights.to(x.dtype).unsqueeze(1), done).squeeze(1)
+
+    def _one_by_one(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The same for a decoded token: grouping would cost more operations than the experts have."""
+        share = weights.to(x.dtype).unsqueeze(-1)  # [N, K, 1]
+        out = []
+        for token, experts in enumerate(chosen.tolist()):
+            gate, up = torch.stack([torch.mv(self.w13[e], x[token]) for e in experts]).chunk(2, dim=-1)  # [K, I]
+            hidden = clamped_swiglu(gate, up, self.limit) * share[token]
+            y = torch.mv(self.w2[experts[0]], hidden[0])
+            for e, h in zip(experts[1:], hidden[1:], strict=True):
+                y = torch.addmv(y, self.w2[e], h)
+            out.append(y)
+        return torch.stack(out)
 
 
 class SwiGLU(nn.Module):

@@ -35,20 +35,18 @@ def attend(q: Tensor, keys: Tensor, window: int, start: int, entries: Tensor, vi
     padding = blocks * block - t
     span = block + window - 1
     pad_queries = (0, 0, 0, 0, 0, padding)
-    queries = F.pad(q, pad_queries).view(batch, blocks, block * heads, d)
+    scaled = q * d**-0.5
+    queries = F.pad(scaled, pad_queries).view(batch, blocks, block * heads, d)
     near = F.pad(keys, (0, 0, 0, padding)).unfold(1, span, block)  # [B, n, D, J]
-    scale = d**-0.5
-    window_logits = torch.matmul(queries, near).view(batch, blocks * block, heads, span)[:, :t]
-    window_logits = (window_logits.float() * scale).masked_fill(
-        ~window_mask(t, window, start, q.device).unsqueeze(1), -torch.inf
-    )
+    window_logits = torch.matmul(queries, near).view(batch, blocks * block, heads, span)[:, :t].float()
+    window_logits = window_logits.masked_fill_(~window_mask(t, window, start, q.device).unsqueeze(1), -torch.inf)
     shared = entries.dim() == 3
     if shared:
-        entry_logits = torch.matmul(q.flatten(1, 2), entries.transpose(1, 2)).view(batch, t, heads, -1)
+        entry_logits = torch.matmul(scaled.flatten(1, 2), entries.transpose(1, 2)).view(batch, t, heads, -1)
         visible = visible.unsqueeze(0)
     else:
-        entry_logits = torch.matmul(q, entries.transpose(2, 3))
-    entry_logits = (entry_logits.float() * scale).masked_fill(~visible.unsqueeze(2), -torch.inf)
+        entry_logits = torch.matmul(scaled, entries.transpose(2, 3))
+    entry_logits = entry_logits.float().masked_fill_(~visible.unsqueeze(2), -torch.inf)
     sink_logits = sinks.float().view(1, 1, heads, 1).expand(batch, t, heads, 1)
     probs = torch.softmax(torch.cat([window_logits, entry_logits, sink_logits], dim=-1), dim=-1)
     window_probs, entry_probs, sink_probs = probs.split([span, entry_logits.shape[-1], 1], dim=-1)
@@ -58,6 +56,27 @@ def attend(q: Tensor, keys: Tensor, window: int, start: int, entries: Tensor, vi
         p = entry_probs.to(q.dtype)
         out = out + (torch.matmul(p.flatten(1, 2), entries).view_as(out) if shared else torch.matmul(p, entries))
     return Attended(out, window_probs, entry_probs, sink_probs.squeeze(-1))
+
+
+def attend_one(q: Tensor, keys: Tensor, entries: Tensor, sinks: Tensor) -> Attended:
+    """``attend`` for one query that may see every row given: what decoding comes down to, without windows and masks.
+
+    q [B, 1, H, D]; keys [B, J, D], in any order; entries [B, S, D] or [B, 1, K, D]. Probabilities come in the rows' order.
+    """
+    batch, _, heads, d = q.shape
+    entries = entries.flatten(1, 2) if entries.dim() == 4 else entries
+    queries = q[:, 0] * d**-0.5
+    logits = [
+        torch.matmul(queries, keys.mT),
+        torch.matmul(queries, entries.mT),
+        sinks.to(q.dtype).expand(batch, heads).unsqueeze(-1),
+    ]
+    probs = torch.softmax(torch.cat(logits, dim=-1), dim=-1, dtype=torch.float32).unsqueeze(1)
+    window_probs, entry_probs, sink_probs = probs.split([keys.shape[1], entries.shape[1], 1], dim=-1)
+    out = torch.matmul(window_probs[:, 0].to(q.dtype), keys)
+    if entries.shape[1]:
+        out = torch.baddbmm(out, entry_probs[:, 0].to(q.dtype), entries)
+    return Attended(out.unsqueeze(1), window_probs, entry_probs, sink_probs.squeeze(-1))
 
 
 def window_mask(t: int, window: int, start: int, device: torch.device) -> Tensor:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.config import HybridConfig
-from workbench.model.attention.core import attend, window_rows
+from workbench.model.attention.core import attend, attend_one, window_rows
 from workbench.model.compressor import Compressor
 from workbench.model.indexer import Indexer, IndexQueries, Selection, select_entries
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
-from workbench.model.layers import GroupedProjection, RMSNorm, Tap, rotate
+from workbench.model.layers import GroupedProjection, RMSNorm, Tap, rms_norm, rotate
 
 CHUNK_ELEMENTS = 2**21  # logits and gathered values held at once; the query chunk shrinks as the context grows
 MAX_QUERIES = 512
@@ -78,8 +78,10 @@ class HybridAttention(nn.Module):
         turns = self._turns(at)
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim))
-        q = rotate(F.rms_norm(q, q.shape[-1:], eps=self.eps), turns.unsqueeze(1))
-        keys = self._with_past(self._keys(x, turns), cache)
+        q = rotate(rms_norm(q, self.eps), turns.unsqueeze(1))
+        new = self._keys(x, turns)
+        decoding = cache is not None and x.shape[1] == 1
+        keys = self._keys_of_one(new, cache) if decoding and cache else self._with_past(new, cache)
         entries = self._entries(x, at.start, cache)
         index = None
         if self.kind == "csa":
@@ -87,8 +89,8 @@ class HybridAttention(nn.Module):
         outputs = []
         for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], entries.length, at.topk or self.topk)):
             mine = slice(first, first + step)
-            near = keys[:, first : first + self.window - 1 + q[:, mine].shape[1]]
-            outputs.append(self._attend(q[:, mine], near, at.start + first, entries, index, mine, at.topk))
+            near = keys if decoding else keys[:, first : first + self.window - 1 + q[:, mine].shape[1]]
+            outputs.append(self._attend(q[:, mine], near, at.start + first, entries, index, mine, at.topk, decoding))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.wo_b(self.wo_a(rotate(out, turns.conj().unsqueeze(1)).flatten(2)))
 
@@ -118,6 +120,12 @@ class HybridAttention(nn.Module):
         new = cache.window.append(new).to(new.dtype)
         return torch.cat([F.pad(past, (0, 0, self.window - 1 - past.shape[1], 0)), new], dim=1)
 
+    def _keys_of_one(self, new: Tensor, cache: LayerCache) -> Tensor:
+        """The window keys one decoded token attends to, itself among them, [B, 1..W, D]; in token order if somebody listens."""
+        assert cache.window is not None
+        cache.window.append(new)
+        return cache.window.read(in_order=self.attention_tap.listening).to(new.dtype)
+
     def _entries(self, x: Tensor, start: int, cache: LayerCache | None) -> Rows | GrowingRows:
         """All compressed entries complete after the new tokens, [B, S, D]; none in a window-only layer."""
         if self.kind == "window":
@@ -143,31 +151,43 @@ class HybridAttention(nn.Module):
         index: IndexQueries | None,
         mine: slice,
         topk: int | None,
+        decoding: bool,
     ) -> Tensor:
-        """One chunk of queries from position ``start`` on."""
-        t = q.shape[1]
-        positions = torch.arange(start, start + t, device=q.device)
-        closed = (positions + 1) // self.ratio if self.ratio else positions * 0  # entries complete at each query
-        listening = self.attention_tap.listening
+        """One chunk of queries from position ``start`` on; one that is ``decoding`` sees all its keys and all entries."""
+        t, listening = q.shape[1], self.attention_tap.listening
+        closed = None  # entries complete at each query
+        if not decoding and self.ratio:
+            closed = torch.arange(start + 1, start + t + 1, device=q.device) // self.ratio
         selection = runner_up = None
+        kept = min(topk or self.topk, entries.length) if index is not None else entries.length
         if index is not None and entries.length:
-            kept = min(topk or self.topk, entries.length)
             best = select_entries(index.q[:, mine], index.w[:, mine], index.k, closed, kept + 1 if listening else kept)
             selection = Selection(best.scores[..., :kept], best.entries[..., :kept])
             runner_up = Selection(best.scores[..., kept:], best.entries[..., kept:])
-        if selection is None or selection.entries.shape[-1] == entries.length:  # nothing is left out: no need to gather
-            visible = torch.arange(entries.length, device=q.device) < closed.unsqueeze(-1)
-            done = attend(q, keys, self.window, start, entries.read().to(q.dtype), visible, self.attn_sink)
-            shared = True
+        gathering = selection is not None and kept < entries.length  # otherwise nothing is left out
+        if selection is not None and gathering:
+            rows = entries.gather(selection.entries if decoding else selection.entries.clamp(min=0))  # [B, T, K, D]
         else:
-            gathered = entries.gather(selection.entries.clamp(min=0)).to(q.dtype)  # [B, T, K, D]
-            done = attend(q, keys, self.window, start, gathered, selection.entries >= 0, self.attn_sink)
-            shared = False
+            rows = entries.read()
+        rows = rows.to(q.dtype)
+        if decoding:
+            done = attend_one(q, keys, rows, self.attn_sink)
+        else:
+            if selection is not None and gathering:
+                visible = selection.entries >= 0
+            elif closed is not None:
+                visible = torch.arange(entries.length, device=q.device) < closed.unsqueeze(-1)
+            else:
+                visible = torch.ones(t, 0, dtype=torch.bool, device=q.device)
+            done = attend(q, keys, self.window, start, rows, visible, self.attn_sink)
         if listening:
             entry_probs = done.entry_probs
-            if selection is not None and shared:  # into the order of the selection
+            if selection is not None and not gathering:  # into the order of the selection
                 order = selection.entries.clamp(min=0).unsqueeze(2).expand(-1, -1, self.heads, -1)
                 entry_probs = entry_probs.gather(-1, order) * (selection.entries >= 0).unsqueeze(2)
-            near = window_rows(done.window_probs, self.window)
+            if decoding:
+                near = F.pad(done.window_probs, (self.window - keys.shape[1], 0))
+            else:
+                near = window_rows(done.window_probs, self.window)
             self.attention_tap(Attention(start, near, done.sink_probs, entry_probs, selection, runner_up))
         return done.out
