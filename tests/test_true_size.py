@@ -219,6 +219,7 @@ def test_a_reusing_layer_counts_its_own_window_and_fills_its_owners_stream():
     (found,) = (made := layer(STREAM, "csa2-reuse")).fill(401, measure_at=(401,))
     assert made.config.layer_kinds == ("csa2-full", "csa2-reuse") and found.held_bytes == found.held["window"] == 17 * 24 * 4
     assert made.cache.layers[0].compressed.length == 200 and made.cache.nbytes_by_part()["compressed"] == 200 * 24 * 4
+    assert made.layers == layer(STREAM, "csa2-full").layers == 1  # of ratio 2; those of ratio 1 cost something else
     assert found.weight_bytes < made.weight_bytes and found.read["compressed"] == 11 * 24 * 4
 
 

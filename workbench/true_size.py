@@ -221,8 +221,10 @@ class TrueSizeLayer:
 
     @property
     def layers(self) -> int:
-        """How many layers of this kind the published model has."""
-        return self.preset.layer_kinds.count(self.kind) or len(self.preset.layer_kinds)  # of plain MLA: as many as of V3.2
+        """How many layers of this kind and ratio the published model has; of plain MLA as many as V3.2 has of MLA + DSA."""
+        config = self.preset.config
+        alike = list(zip(config.layer_kinds, config.compress_ratios, strict=True))
+        return alike.count((self.kind, self.config.compress_ratios[-1])) or len(alike)
 
     def bytes_needed(self, length: int, *, chunk: int = CHUNK) -> int:
         """Memory that filling the cache to ``length`` tokens takes in all: weights, cache, and the work on a chunk.
