@@ -211,8 +211,6 @@ def peak(what: str, tokens: int) -> int:
 
 def alone(what: str, tokens: int) -> None:
     """One piece of work in this process, then its peak memory in bytes."""
-    import resource
-
     use_threads(1)
     model = make(torch.device("cpu"), "fp32") if what == "prefill" else wb.load("tiny-v4", device="cpu")
     with torch.inference_mode():
@@ -227,8 +225,17 @@ def alone(what: str, tokens: int) -> None:
             run.wait()
             if run.state != "done" or run.trace.length < tokens - 1:
                 raise SystemExit(f"the run ended as {run.state}: {run.error}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(peak_memory())
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held. Linux's ``ru_maxrss`` would begin with what the parent held when it forked."""
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])  # type: ignore[index]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def best_seconds(function: Callable[[], Any], device: torch.device, rounds: int = 15) -> float:
