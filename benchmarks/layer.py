@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     bar, began = Progress(), {"machine": runtime.machine(accelerator=True), "threads": options.threads}
     found: dict[str, list[dict[str, Any]]] = {"measured": [], "fills": [], "refused": []}
     print(f"{runtime.device_name(runtime.pick_device(options.device))}, {options.dtype}, {options.threads} threads")
+    if (began["machine"]["load_average"] or 0) > runtime.cores():
+        print("other processes keep this machine busy: the times below say more about them than about the layers")
     print("one layer, measured: random weights, real cache; floor = (bytes read + weights) / copy bandwidth")
     print(ROW.format("layer", "tokens", "held, B", "read, B", "weights, B", "ms/token", "floor, ms", "x floor"))
     try:
@@ -70,6 +72,7 @@ def measure(preset: str, kind: str, options: argparse.Namespace, bar: Progress, 
     if lengths:
         rate = layer.cache.length / seconds
         found["fills"].append({"preset": preset, "kind": kind, "tokens": layer.cache.length, "seconds": seconds})
+        found["fills"][-1]["load_average"] = runtime.machine()["load_average"]
         print(f"{'':24} filled in {seconds:,.1f} s, {rate:,.0f} tokens/s", flush=True)
         total = layer.measurements[-1].over_layers(layer.layers)
         print(row(f"  x {layer.layers}", total) + f"  ({total.label})", flush=True)

@@ -67,7 +67,7 @@ def synthetic_trace(
         model="synthetic-v4" if isinstance(config, HybridConfig) else f"synthetic-{kinds[-1]}",
         what="random numbers, for tests",
         device="CPU",
-        config=config.to_dict() if hasattr(config, "to_dict") else {"model_type": config.model_type, "index_topk": topk},
+        config=config.to_dict(),
         token_ids=ids[:length].astype(np.int32),
         token_texts=tuple(WORDS[i] for i in ids),
         prompt_length=prompt,

@@ -304,6 +304,7 @@ def test_doctor_names_what_is_missing_and_what_is_out_of_bounds(capsys, monkeypa
     assert status == 1 and "MISSING  torch is not installed: pip install -e ." in lines
     assert 'warning  plotly 5.24.1 is outside >=6.0,<8: pip install "plotly>=6.0,<8"' in lines
     assert any(line.startswith("warning  pytest is not installed") for line in lines)
+    assert "warning  nemo-automodel is not installed: pip install --no-deps nemo-automodel==0.7.0 (for the tests)" in lines
     assert any(line.startswith("warning  no chromium") for line in lines)
 
 

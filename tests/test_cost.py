@@ -18,7 +18,6 @@ from workbench.cost import (
     units,
 )
 from workbench.errors import InputError
-from workbench.model.families import model_class
 from workbench.model.transformer import V4Model
 from workbench.presets import presets
 
@@ -254,36 +253,6 @@ GROUPED = DenseConfig(
     intermediate_size=17,
 )  # fmt: skip
 PLAIN = {"MLA and DSA": LATENT, "MLA": replace(LATENT, index_topk=0), "GQA": GROUPED}
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("name", PLAIN)
-def test_models_with_a_row_for_every_token_hold_what_the_formula_says(name, storage):
-    config = PLAIN[name]
-    torch.manual_seed(0)
-    model = model_class(config)(config).eval()
-    cache, slope = model.new_cache(storage=storage), kv_bytes_per_token(config, storage)
-    with torch.inference_mode():
-        for tokens in (1, 2, 1, 13, 1):
-            model(torch.randint(53, (1, tokens)), cache, logits="last")
-            expected = kv_bytes(config, cache.length, storage)
-            assert cache.nbytes_by_part() == {part: n for part, n in expected.items() if part != "total"}
-            assert expected["total"] == cache.length * slope["total"]
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_decoded_token_of_such_a_model_reads_what_the_formula_says(name):
-    config = PLAIN[name]
-    torch.manual_seed(0)
-    model = model_class(config)(config).eval()
-    cache = model.new_cache(storage="released")
-    with torch.inference_mode():
-        for prompt in (5, 11):  # more than DSA keeps: below that it need not choose, and scores nothing
-            model(torch.randint(53, (1, prompt)), cache, logits="last")
-            cache.reset_bytes_read()
-            model(torch.randint(53, (1, 1)), cache, logits="last")
-            expected = decode_bytes(config, cache.length)
-            assert cache.bytes_read_by_part() == {part: n for part, n in expected.items() if part != "total"}
 
 
 def test_flops_of_plain_models_are_those_of_their_matrices_and_of_every_row_attended_to():

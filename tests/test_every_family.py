@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ LATENT = {
     "q_lora_rank": 8,
     "kv_lora_rank": 12,
     "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
+    "qk_rope_head_dim": 8,
     "v_head_dim": 6,
     "intermediate_size": 16,
     "first_k_dense_replace": 1,
@@ -135,6 +136,8 @@ def test_every_widget_shows_the_run_and_follows_its_controls(live, family):
     held = {part for part, nbytes in live.trace.cache_bytes.items() if nbytes.any()}
     assert held <= {data.name for data in growth.figure.data} and ("kv" in held) == (family in OF_TOKENS)
     assert "L = 301 tokens" in growth.panel.value and timeline.figure.data
+    assert growth.panel.value.count("= equal") >= len(held) + 1 and "NOT EQUAL" not in growth.panel.value
+    assert "formula for this kind" not in growth.panel.value and any("modelled" in data.name for data in growth.figure.data)
     for record in live.trace.layers:
         explorer.layer.value = record.layer
         for head in ("max", 3):
@@ -202,3 +205,12 @@ def test_rates_of_a_model_without_a_choice_are_recall_alone(spoken, family):
             needle_rates(spoken, 2)
         with pytest.raises(wb.InputError, match="attends to every token, so there is no topk"):
             run(spoken, "Hello", topk=2)
+
+
+def test_a_vocabulary_of_less_than_five_words_has_that_many_guesses(tmp_path):
+    config = replace(CONFIGS["gqa"], vocab_size=3)
+    found = run(model_class(config).untrained(config, seed=1), [0, 2, 1], max_new_tokens=4)
+    assert found.wait(60) and found.state == "done", found.error
+    again = Trace.load(found.trace.save(tmp_path / "t"))
+    assert again.top_ids.shape == again.top_probs.shape == (4, 3) and again.notes["max_new_tokens"] == 4
+    np.testing.assert_allclose(again.top_probs.sum(1), 1.0, rtol=1e-5)

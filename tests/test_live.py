@@ -120,7 +120,7 @@ def test_the_trace_is_what_a_recorder_notes_by_hand(model):
         best = row.topk(5)
         assert found.top_ids[step].tolist() == best.indices.tolist()
         np.testing.assert_array_equal(found.top_probs[step], best.values)
-    assert found.notes == {"topk": 2, "prefetch": "prefetch", "seed": 0, "temperature": 0.0}
+    assert found.notes == {"topk": 2, "prefetch": "prefetch", "seed": 0, "temperature": 0.0, "max_new_tokens": 9}
     assert found.layer(1).selected.shape[1] == 2 and found.origin == "measured"
 
 

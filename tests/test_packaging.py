@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from workbench import __version__
-from workbench.runtime import within
+from workbench.runtime import LONE_ORACLE, within
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 NAME_ON_CONDA = {"torch": "pytorch"}
+ORACLE = "--no-deps " + "".join(LONE_ORACLE)
 
 
 def split(requirement: str) -> tuple[str, frozenset[str]]:
@@ -45,6 +46,12 @@ def test_the_torch_that_make_installs_is_within_the_bounds():
     pinned = re.search(r"^TORCH \?= torch==([\d.]+)$", MAKEFILE, re.MULTILINE)[1]
     bounds = dict(map(split, PROJECT["project"]["dependencies"]))["torch"]
     assert within(pinned, ",".join(bounds))
+
+
+def test_the_oracle_that_is_installed_alone_is_the_same_everywhere():
+    assert f"ORACLE := {''.join(LONE_ORACLE)}\n" in MAKEFILE and "--no-deps $(ORACLE)" in MAKEFILE
+    for name in ("README.md", "environment.yml", "tests/conftest.py"):
+        assert f"pip install {ORACLE}" in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 def test_the_version_is_the_same_everywhere():
@@ -109,14 +116,14 @@ def test_make_installs_once_and_again_only_after_a_change(project):
     assert make(project, "env").returncode == 0
     assert installed(project) == []
     assert make(project, "env-test").returncode == 0
-    assert installed(project) == ["-e .[test]"]
+    assert installed(project) == ["-e .[test]", ORACLE]
     (project / "pyproject.toml").touch()  # newer, but the same
     assert make(project, "env-test").returncode == 0
     assert installed(project) == []
     with (project / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert make(project, "env-test").returncode == 0
-    assert installed(project) == ["-e .", "-e .[test]"]
+    assert installed(project) == ["-e .", "-e .[test]", ORACLE]
 
 
 def test_the_lab_needs_no_test_packages_and_another_torch_can_be_named(project):
@@ -150,13 +157,14 @@ def test_an_unsuitable_python_is_refused_in_one_line(project):
         assert not (project / ".venv").exists()
 
 
-@pytest.mark.parametrize(("ci", "outcome"), [("", "2 skipped"), ("true", "2 errors")])
+@pytest.mark.parametrize(("ci", "outcome"), [("", "3 skipped"), ("true", "3 errors")])
 def test_a_missing_oracle_or_browser_is_skipped_but_fails_in_ci(tmp_path, ci, outcome):
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    oracle\n    browser\n")
     (tmp_path / "transformers.py").write_text("raise ImportError('not on this machine')")
     (tmp_path / "test_it.py").write_text(
-        "def test_oracle(transformers_oracle): pass\ndef test_browser(chromium_path): pass\ndef test_plain(): pass\n"
+        "def test_oracle(transformers_oracle): pass\ndef test_v41(nemo_oracle): pass\n"
+        "def test_browser(chromium_path): pass\ndef test_plain(): pass\n"
     )
     environment = os.environ | {"CI": ci, "PATH": "", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
 
@@ -166,4 +174,4 @@ def test_a_missing_oracle_or_browser_is_skipped_but_fails_in_ci(tmp_path, ci, ou
 
     out = run()
     assert f"1 passed, {outcome}" in out and "not on this machine" in out and "no chromium" in out
-    assert "1 passed, 2 deselected" in run("-m", "not (oracle or browser)")
+    assert "1 passed, 3 deselected" in run("-m", "not (oracle or browser)")

@@ -1,4 +1,4 @@
-"""Folders of dense llama and V3.2: the names of the release and of our own modules, experts stacked or not, FP8, ties."""
+"""Folders of dense llama and V3.2 models: names of the release and of our own modules, experts stacked or not, FP8 and ties."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_every_preset_names_the_kind_of_each_layer():
     assert [layer for layer, kind in enumerate(shared) if kind == "csa2-full"] == [2, 8, 14, 20]
 
 
-@pytest.mark.parametrize("name", ["v4-flash", "v4-pro", "v3.2", "gqa-8", "mha"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_preset_carries_a_configuration_that_survives_config_json(name):
     config = wb.presets[name].config
     assert read_config(config.to_dict()) == config

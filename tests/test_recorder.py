@@ -346,7 +346,7 @@ def test_rows_over_every_token_are_pooled_further_as_the_text_grows(monkeypatch,
 
 def test_rows_over_every_token_of_a_long_context_are_bounded_and_do_not_wait_for_the_end_of_a_step():
     layer = LayerRecord(0, "mha", 1)
-    for start in range(0, 20_480, 2048):
+    for start in range(0, 20_480, 2048):  # more values in each record than may wait
         probs = torch.full((1, 2048, 1, start + 2048), 0.5).expand(1, 2048, 3, -1)
         layer.note(Attention(start, probs[..., :0], probs[..., 0], probs))
         assert not layer.pending

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import workbench as wb
 from tests.model.test_kv_cache import storage_bytes
 from workbench import cost, true_size
+from workbench.config import DenseConfig, LatentConfig, SharedStreamConfig
 from workbench.errors import InputError
 from workbench.measurements import ONE_LAYER, OVER_LAYERS, LayerMeasurement
 from workbench.true_size import DECODE_ROOM, MAX_LENGTH, true_size_layer
@@ -33,12 +34,110 @@ SMALL = replace(
         sliding_window=17,
     ),
 )
-KINDS = [(SMALL, kind) for kind in ("window", "csa", "hca")]
+STREAM = replace(
+    wb.presets["v4.1-flash"],
+    config=SharedStreamConfig(
+        vocab_size=7,
+        hidden_size=52,
+        num_attention_heads=6,
+        head_dim=24,
+        qk_rope_head_dim=6,
+        q_lora_rank=19,
+        o_groups=3,
+        o_lora_rank=7,
+        compress_ratios=(0, 2, 2, 1, 1, 1),
+        kv_source_layer_ids=(1, 3),
+        index_source_layer_ids=(1, 3, 5),
+        candidate_source_layer_id=3,
+        candidate_topk_blocks=5,
+        candidate_block_size=4,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=3,
+        index_n_heads=5,
+        index_head_dim=13,
+        index_topk=11,
+        sliding_window=17,
+        rms_norm_eps=1e-6,
+    ),
+)
+LATENT = replace(
+    wb.presets["v3.2"],
+    config=LatentConfig(
+        vocab_size=7,
+        hidden_size=52,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        q_lora_rank=19,
+        kv_lora_rank=23,
+        qk_nope_head_dim=7,
+        qk_rope_head_dim=6,
+        v_head_dim=5,
+        intermediate_size=3,
+        index_n_heads=5,
+        index_head_dim=13,
+        index_topk=11,
+        n_routed_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=3,
+        n_group=2,
+        topk_group=1,
+    ),
+)
+GQA, MHA = (
+    replace(
+        wb.presets[name],
+        config=DenseConfig(
+            vocab_size=7,
+            hidden_size=52,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=kv_heads,
+            head_dim=10,
+            intermediate_size=3,
+        ),
+    )
+    for name, kv_heads in (("gqa-8", 2), ("mha", 6))
+)
+KINDS = [
+    *((SMALL, kind) for kind in ("window", "csa", "hca")),
+    *((STREAM, kind) for kind in ("window", "csa2-full", "csa2-reindex", "csa2-reuse")),
+    *((LATENT, kind) for kind in ("mla-dsa", "mla")),
+    (GQA, "gqa"),
+    (MHA, "mha"),
+]
 PRIMES = (1, 127, 401, 1031)
 
 
 def layer(preset=SMALL, kind="csa", **settings):
     return true_size_layer(preset, kind, **{"dtype": torch.float32, "device": "cpu"} | settings)
+
+
+def attend(made, cache, length):
+    """Every layer's forward on the first ``length`` states at once; the last one's output."""
+    x, at, output, handed_on = made._states(0, length), made.sublayer.positions(0, length), None, ()
+    for i, attention in enumerate(made.sublayer.layers):
+        output = attention(x, at, cache.layers[i] if cache else None, *(handed_on or ((None,) if made.sublayer.shares else ())))
+        if made.sublayer.shares:
+            output, *handed_on = output
+    return output
+
+
+def owner_of(preset, kind):
+    """A preset of which the owner of the stream that ``kind`` reads is the first Full layer."""
+    ratio = true_size.one_layer(preset, kind).compress_ratios[0]
+    sources = [s for s in preset.config.kv_source_layer_ids if preset.config.compress_ratios[s] == ratio]
+    assert sources
+    ratios = (ratio,)
+    source = 0 if preset.config.candidate_source_layer_id in sources else -1
+    config = replace(
+        preset.config,
+        compress_ratios=ratios,
+        kv_source_layer_ids=(0,),
+        index_source_layer_ids=(0,),
+        candidate_source_layer_id=source,
+    )
+    return replace(preset, config=config)
 
 
 def contents(made):
@@ -63,8 +162,7 @@ def test_filling_leaves_the_cache_that_attending_to_every_token_would(preset, ki
     filled, attended = layer(preset, kind, storage=storage), layer(preset, kind, storage=storage)
     filled.fill(401, chunk=401)
     with torch.inference_mode():
-        x, at = attended._states(0, 401), attended.sublayer.positions(0, 401)
-        attended.sublayer.layers[0](x, at, attended.cache.layers[0])
+        attend(attended, attended.cache, 401)
     assert same_contents(filled, attended, 1e-5)  # matrices of another size round differently
 
 
@@ -101,14 +199,28 @@ def test_the_room_reserved_is_exactly_what_was_announced_and_decoding_into_it_co
     assert made.decode_step().length == 402 + DECODE_ROOM  # moves, and goes on
 
 
-def test_a_decode_step_is_the_layers_own_forward_at_that_position():
-    made, whole = layer(kind="csa"), layer(kind="csa")
+@pytest.mark.parametrize(("preset", "kind"), KINDS)
+def test_a_decode_step_is_the_layers_own_forward_at_that_position_and_reads_what_the_formula_says(preset, kind):
+    made, whole = layer(preset, kind), layer(preset, kind)
     made.fill(400)
     step = made.decode_step()
     with torch.inference_mode():
-        every = whole.sublayer.layers[0](whole._states(0, 401), whole.sublayer.positions(0, 401), None)
+        every = attend(whole, None, 401)
+    expected = cost.decode_bytes(made.config, 401, "fp32")
+    if kind in ("csa2-reindex", "csa2-reuse"):  # what the owner of the stream reads for itself is not this layer's
+        owner = cost.decode_bytes(true_size.one_layer(owner_of(preset, kind), "csa2-full"), 401, "fp32")
+        expected = {part: expected[part] - owner[part] for part in expected}
+    assert step.read == {part: expected[part] for part in step.read} and sum(step.read.values()) == expected["total"]
     torch.testing.assert_close(step.output, every[:, -1:], rtol=0, atol=1e-5)
     assert step.length == made.cache.length == 401 and step.seconds > 0 and every.std() > 0.01
+
+
+def test_a_reusing_layer_counts_its_own_window_and_fills_its_owners_stream():
+    (found,) = (made := layer(STREAM, "csa2-reuse")).fill(401, measure_at=(401,))
+    assert made.config.layer_kinds == ("csa2-full", "csa2-reuse") and found.held_bytes == found.held["window"] == 17 * 24 * 4
+    assert made.cache.layers[0].compressed.length == 200 and made.cache.nbytes_by_part()["compressed"] == 200 * 24 * 4
+    assert made.layers == layer(STREAM, "csa2-full").layers == 1  # of ratio 2; those of ratio 1 cost something else
+    assert found.weight_bytes < made.weight_bytes and found.read["compressed"] == 11 * 24 * 4
 
 
 def test_a_measurement_names_bytes_seconds_and_bandwidth(monkeypatch):
@@ -255,6 +367,7 @@ def test_what_does_not_fit_is_refused_before_it_starts_with_bytes_and_the_longes
     [
         (lambda: true_size_layer("v5", "csa"), "v5"),
         (lambda: true_size_layer("v4-flash", "mla"), "csa, hca, window"),
+        (lambda: true_size_layer("v3.2", "gqa"), "mla, mla-dsa"),
         (lambda: layer(dtype=torch.float16), "float16"),
         (lambda: layer(seed=-1), "seed .* got -1"),
         (lambda: layer(storage="int3"), "int3"),

@@ -271,7 +271,12 @@ def _check_packages() -> list[tuple[str, str]]:
             lines.append(("warning", f'{name} {version} is outside {bounds}: pip install "{name}{bounds}"'))
         else:
             lines.append(("ok", f"{name} {version}"))
-    return lines
+    name, bounds = runtime.LONE_ORACLE
+    version = runtime.installed_version(name)
+    if version is not None and runtime.within(version, bounds):
+        return [*lines, ("ok", f"{name} {version}")]
+    found = "is not installed" if version is None else f"{version} is not {bounds.strip('=')}"
+    return [*lines, ("warning", f"{name} {found}: pip install --no-deps {name}{bounds} (for the tests)")]
 
 
 def _check_machine() -> list[tuple[str, str]]:

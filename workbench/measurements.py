@@ -15,10 +15,10 @@ ONE_LAYER, OVER_LAYERS = "one layer, measured", "measured per layer x layers"
 class LayerMeasurement:
     """Decoding with one attention layer whose cache holds ``length`` tokens, on ``device``.
 
-    ``held``: part -> bytes the live cache held. ``read``: part -> bytes of it that the last step was handed to read, counted.
-    ``weight_bytes``: the layer's weights, which it reads too. ``step_s``: seconds of one decode step, the median of ``steps``.
-    ``bandwidth_bytes_per_s``: what copying memory reaches on the same device, reading and writing together. ``layers`` above 1
-    means that bytes and seconds were multiplied, see ``over_layers``.
+    ``held``: part -> bytes this layer's own cache held, without a stream that another layer owns. ``read``: part -> bytes that
+    the last step was handed to read, counted. ``weight_bytes``: the layer's weights, which it reads too. ``step_s``: seconds of
+    one decode step, the median of ``steps``. ``bandwidth_bytes_per_s``: what copying memory reaches on the same device, reading
+    and writing together. ``layers`` above 1 means that bytes and seconds were multiplied, see ``over_layers``.
     """
 
     preset: str

@@ -144,6 +144,7 @@ _V41_FLASH = SharedStreamConfig(
         pad_token_id=2,
         conv_kernel_size=0,
     ),
+    image_token_id=129264,
 )
 _V32 = LatentConfig(
     vocab_size=129280,

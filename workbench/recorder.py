@@ -39,7 +39,7 @@ from workbench.trace import (
 )
 
 PENDING_STEPS = 64  # decoded tokens whose tensors wait to be turned into arrays together
-PENDING_VALUES = 2**20  # of one record; rows over all of a longer context do not wait
+PENDING_VALUES = 2**22  # at most in rows over all entries that wait, layer by layer
 
 
 class Column:
@@ -97,15 +97,18 @@ class LayerRecord:
         self.row_tokens = FULL_ROW_TOKENS  # the width that rows over all entries are pooled to; less as the text gets long
         self.columns = {name: Column(*how) for name, how in _COLUMNS.items()}
         self.pending: list[Attention | IndexQueries] = []
+        self.waiting = 0  # values of rows over all entries among them
         self.index_keys: Rows | GrowingRows | None = None
 
     def note(self, record: Attention | IndexQueries) -> None:
         self.pending.append(record)
-        if self.kind in ATTENDING_TO_ALL and isinstance(record, Attention) and record.entry_probs.numel() > PENDING_VALUES:
-            self.flush()  # rows over a long context are pooled at once: waiting for the step's end would take gigabytes
+        if self.kind in ATTENDING_TO_ALL and isinstance(record, Attention):
+            self.waiting += record.entry_probs.numel()
+            if self.waiting > PENDING_VALUES:
+                self.flush()  # rows over a long context are pooled early: until the step's end they would take gigabytes
 
     def flush(self) -> None:
-        pending, self.pending = self.pending, []
+        pending, self.pending, self.waiting = self.pending, [], 0
         attention = [p for p in pending if isinstance(p, Attention)]
         index = [p for p in pending if isinstance(p, IndexQueries)]
         for run in _alike(attention):

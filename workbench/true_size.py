@@ -26,19 +26,18 @@ from torch import Tensor, nn
 
 from workbench import cost
 from workbench.checkpoint import convert
-from workbench.config import DenseConfig, HybridConfig, LatentConfig, SharedStreamConfig
+from workbench.config import HybridConfig, LatentConfig, ModelConfig, SharedStreamConfig
 from workbench.errors import InputError
 from workbench.measurements import ONE_LAYER, LayerMeasurement
 from workbench.model.attention.dense import DenseAttention, TokenPositions
 from workbench.model.attention.hybrid import HybridAttention, Positions
 from workbench.model.attention.latent import LatentAttention
+from workbench.model.attention.shared_stream import SharedStreamAttention
 from workbench.model.kv_cache import GrowingRows, KVCache, Mark
 from workbench.model.layers import Rotary
 from workbench.presets import Preset, presets
 from workbench.runtime import available_bytes, copy_bandwidth, device_name, pick_device, size_text, synchronise
 from workbench.trace import INDEXING, SELECTING, Trace
-
-OneLayer = HybridConfig | LatentConfig | DenseConfig
 
 STORAGE_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAX_LENGTH = 2**20  # tokens
@@ -81,6 +80,8 @@ def true_size_layer(
     ``kind`` is one of ``wb.presets[preset].layer_kinds``; V3.2 also has "mla", its dense ancestor without an indexer. It
     computes in ``dtype``, bfloat16 unless float32 is asked for, and its cache is stored alike unless ``storage`` says "bf16",
     "fp32" or "released".
+    V4.1's "csa2-reindex" and "csa2-reuse" come with the layer that owns their stream, which is filled too: its cache is part of
+    ``cache``, but what is timed and counted of a decode step is the layer's own.
     Raises InputError for an unknown preset, kind, dtype or storage, and for weights that do not fit in memory.
     """
     preset = presets[preset] if isinstance(preset, str) else preset
@@ -105,30 +106,49 @@ def true_size_layer(
     return TrueSizeLayer(preset, kind, config, sublayer.to(where).eval(), dtype, seed, storage or STORAGE_OF[dtype])
 
 
-def one_layer(preset: Preset, kind: str) -> OneLayer:
+def one_layer(preset: Preset, kind: str) -> ModelConfig:
     """The preset's configuration cut down to its first layer of ``kind``, free to grow to a million tokens and a few more."""
     config, limit = preset.config, MAX_LENGTH + DECODE_ROOM
     dense_ancestor = isinstance(config, LatentConfig) and kind == "mla"
     if kind not in preset.layer_kinds and not dense_ancestor:
         known = sorted({*preset.layer_kinds, *(["mla"] if isinstance(config, LatentConfig) else [])})
         raise InputError(f"{preset.name} has no {kind!r} layer; its kinds are {', '.join(known)}")
-    if isinstance(config, SharedStreamConfig):
-        raise InputError(f"a layer of {preset.name} reads a stream that other layers make, so it cannot be filled alone")
     if isinstance(config, HybridConfig):
         kinds = tuple(found for found in config.layer_kinds if found == kind)[:1]
         return replace(config, layer_kinds=kinds, mlp_kinds=("score",), max_position_embeddings=limit)
     if isinstance(config, LatentConfig):
         topk = 0 if dense_ancestor else config.index_topk
         return replace(config, num_hidden_layers=1, index_topk=topk, max_position_embeddings=limit)
+    if isinstance(config, SharedStreamConfig):
+        return replace(_stream_layers(replace(config, engram=None), kind), max_position_embeddings=limit)
     return replace(config, num_hidden_layers=1, max_position_embeddings=limit)
+
+
+def _stream_layers(config: SharedStreamConfig, kind: str) -> SharedStreamConfig:
+    """The first layer of ``kind``, behind the layer whose stream it reads if that is another one."""
+    layer = config.layer_kinds.index(kind)  # type: ignore[arg-type]
+    ratio = config.compress_ratios[layer]
+    if not ratio:
+        return replace(
+            config, compress_ratios=(0,), kv_source_layer_ids=(), index_source_layer_ids=(), candidate_source_layer_id=-1
+        )
+    owner = max(source for source in config.kv_source_layer_ids if source <= layer)
+    return replace(
+        config,
+        compress_ratios=(ratio,) if owner == layer else (ratio, ratio),
+        kv_source_layer_ids=(0,),
+        index_source_layer_ids=(0, 1) if kind == "csa2-reindex" else (0,),
+        candidate_source_layer_id=0 if config.candidate_source_layer_id == owner else -1,
+    )
 
 
 class Sublayer(nn.Module):
     """The attention of every layer of a configuration and its rotary tables, without anything else."""
 
-    def __init__(self, config: OneLayer) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.windowed = isinstance(config, HybridConfig)
+        self.shares = isinstance(config, SharedStreamConfig)
+        self.windowed = isinstance(config, HybridConfig | SharedStreamConfig)
         self.attn = nn.ModuleList(_attention(config, layer) for layer in range(config.num_hidden_layers))
         if self.windowed:
             self.window_rotary, self.compressed_rotary = Rotary(config, compressed=False), Rotary(config, compressed=True)
@@ -146,10 +166,26 @@ class Sublayer(nn.Module):
             return Positions(start, self.window_rotary(numbers), self.compressed_rotary(numbers))
         return TokenPositions(start, self.rotary(numbers))
 
+    def remember(self, x: Tensor, at: Positions | TokenPositions, cache: KVCache) -> None:
+        """Take x [1, T, C] into every layer's cache, without attending."""
+        for attention, mine in zip(self.layers, cache.layers, strict=True):
+            attention.remember(x, at, mine)
 
-def _attention(config: OneLayer, layer: int) -> nn.Module:
+    def handed_on(self, x: Tensor, at: Positions | TokenPositions, cache: KVCache) -> tuple[Any, ...]:
+        """What the last layer gets besides x: in V4.1 the stream of its owner, which reads the same x; elsewhere nothing."""
+        if not self.shares:
+            return ()
+        stream = None
+        for owner, mine in zip(self.layers[:-1], cache.layers[:-1], strict=True):
+            _, stream = owner(x, at, mine, stream)
+        return (stream,)
+
+
+def _attention(config: ModelConfig, layer: int) -> nn.Module:
     if isinstance(config, HybridConfig):
         return HybridAttention(config, config.layer_kinds[layer])
+    if isinstance(config, SharedStreamConfig):
+        return SharedStreamAttention(config, layer)
     return LatentAttention(config) if isinstance(config, LatentConfig) else DenseAttention(config)
 
 
@@ -164,7 +200,7 @@ class TrueSizeLayer:
         self,
         preset: Preset,
         kind: str,
-        config: OneLayer,
+        config: ModelConfig,
         sublayer: Sublayer,
         dtype: torch.dtype,
         seed: int,
@@ -185,8 +221,10 @@ class TrueSizeLayer:
 
     @property
     def layers(self) -> int:
-        """How many layers of this kind the published model has."""
-        return self.preset.layer_kinds.count(self.kind) or len(self.preset.layer_kinds)  # of plain MLA: as many as of V3.2
+        """How many layers of this kind and ratio the published model has; of plain MLA as many as V3.2 has of MLA + DSA."""
+        config = self.preset.config
+        alike = list(zip(config.layer_kinds, config.compress_ratios, strict=True))
+        return alike.count((self.kind, self.config.compress_ratios[-1])) or len(alike)
 
     def bytes_needed(self, length: int, *, chunk: int = CHUNK) -> int:
         """Memory that filling the cache to ``length`` tokens takes in all: weights, cache, and the work on a chunk.
@@ -250,12 +288,14 @@ class TrueSizeLayer:
             self._reserve(self.cache.length + DECODE_ROOM, 1)
         x, at = self._states(self.cache.length, 1), self.sublayer.positions(self.cache.length, 1)
         with self._all_or_nothing(1):
+            handed_on = self.sublayer.handed_on(x, at, self.cache)
             self.cache.reset_bytes_read()
             synchronise(self.device)
             start = time.perf_counter()
-            output = self.sublayer.layers[0](x, at, self.cache.layers[0])
+            output = self.sublayer.layers[-1](x, at, self.cache.layers[-1], *handed_on)
             synchronise(self.device)
             seconds = time.perf_counter() - start
+        output = output[0] if handed_on else output
         return DecodeStep(output, seconds, self.cache.bytes_read_by_part(), self.cache.length)
 
     @cached_property
@@ -341,14 +381,16 @@ class TrueSizeLayer:
         """The next ``count`` tokens into the cache, without attending."""
         x, at = self._states(self.cache.length, count), self.sublayer.positions(self.cache.length, count)
         with self._all_or_nothing(count):
-            self.sublayer.layers[0].remember(x, at, self.cache.layers[0])
+            self.sublayer.remember(x, at, self.cache)
         self._history.append((self.cache.length, self.cache.nbytes_by_part(), self.cache.nbytes_reserved))
 
     def _measure(self, steps: int) -> LayerMeasurement:
         """Decode the next ``steps`` tokens and say what the median one took."""
         taken = [self.decode_step() for _ in range(steps)]
-        held, length = self.cache.nbytes_by_part(), self.cache.length
-        self._history.append((length, held, self.cache.nbytes_reserved))
+        length, held = self.cache.length, dict.fromkeys(self.cache.nbytes_by_part(), 0)
+        for part, store in self.cache.layers[-1].parts():
+            held[part] += store.nbytes
+        self._history.append((length, self.cache.nbytes_by_part(), self.cache.nbytes_reserved))
         found = LayerMeasurement(
             preset=self.preset.name,
             kind=self.kind,
@@ -357,7 +399,7 @@ class TrueSizeLayer:
             device=device_name(self.device),
             held=held,
             read=taken[-1].read,
-            weight_bytes=self.weight_bytes,
+            weight_bytes=sum(p.nbytes for p in self.sublayer.layers[-1].parameters()),
             step_s=median(step.seconds for step in taken),
             steps=steps,
             bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,

@@ -23,7 +23,7 @@ def test_logits_equal_however_the_text_is_cut(nemo_oracle, tmp_path, seed):
     batch, length = 1 + 2 * (seed % 2), LENGTHS[seed % len(LENGTHS)]
     ids = torch.randint(0, settings["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
     compared = settled(ours, ids)
-    assert compared.float().mean() > 0.7
+    assert compared.float().mean() > 0.6
     with torch.inference_mode():
         expected = theirs(ids).logits[compared]
         assert expected.std() > 0.3  # logits that say something

@@ -238,18 +238,17 @@ def test_rows_of_any_width_are_as_large_as_the_accounting_says(storage):
         v4 = replace(CONFIG, head_dim=4 * width, qk_rope_head_dim=2, index_head_dim=width)
         entry, key = cost.entry_bytes(v4, storage), cost.index_key_bytes(v4, storage)
         assert row_bytes(v4, storage) == {"window": entry, "compressed": entry, "index": key}
-        stream = replace(presets["v4.1-flash"].config, head_dim=width, index_head_dim=width)
-        assert row_bytes(replace(SHARED, head_dim=width, index_head_dim=width), storage) == {
-            "window": cost._window_bytes(stream, storage),
-            "compressed": cost._row_bytes(stream, storage),
-            "index": cost._key_bytes(stream, storage),
+        stream = replace(SHARED, head_dim=width, qk_rope_head_dim=2, index_head_dim=width)
+        assert row_bytes(stream, storage) == {
+            "window": cost.window_entry_bytes(stream, storage),
+            "compressed": cost.entry_bytes(stream, storage),
+            "index": cost.index_key_bytes(stream, storage),
         }
-        widths = {"kv_lora_rank": width, "qk_rope_head_dim": 6, "index_head_dim": max(6, width)}
-        latent, config = replace(presets["v3.2"].config, **widths), replace(LATENT, **widths)
-        expected = {"kv": cost._row_bytes(latent, storage), "index": cost._key_bytes(latent, storage)}
-        assert row_bytes(config, storage) == expected
-        dense = replace(presets["gqa-8"].config, num_key_value_heads=2, head_dim=width)
-        assert row_bytes(replace(DENSE, head_dim=2 * width), storage)["kv"] == 2 * cost._row_bytes(dense, storage)
+        latent = replace(LATENT, kv_lora_rank=width, qk_rope_head_dim=6, index_head_dim=max(6, width))
+        expected = {"kv": cost.entry_bytes(latent, storage), "index": cost.index_key_bytes(latent, storage)}
+        assert row_bytes(latent, storage) == expected
+        dense = replace(DENSE, head_dim=2 * width)
+        assert row_bytes(dense, storage) == {"kv": cost.entry_bytes(dense, storage)}
 
 
 def test_v4_entries_and_keys_are_stored_by_their_own_rules():

@@ -11,7 +11,7 @@ from tests.model.test_formats import DENSE, LATENT
 from tests.slow_formats import rotated, stored_row
 from tests.slow_reference import CONFIG, ENGRAM, SlowV4, in_pieces, random_config, random_ids, random_model, random_pieces
 from workbench import cost
-from workbench.config import HybridConfig, ModelConfig
+from workbench.config import DenseConfig, EngramConfig, HybridConfig, LatentConfig, ModelConfig, SharedStreamConfig
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.families import model_class
 from workbench.model.formats import STORAGES, PlainFormat
@@ -124,12 +124,37 @@ def test_a_decoded_token_reallocates_only_when_a_part_is_full():
     model.fetcher.close()
 
 
+V41 = SharedStreamConfig(
+    vocab_size=53, hidden_size=24, num_attention_heads=2, head_dim=34, qk_rope_head_dim=4, q_lora_rank=8, o_groups=2,
+    o_lora_rank=4, compress_ratios=(0, 2, 2, 2, 1, 1, 1, 1), kv_source_layer_ids=(1, 4), index_source_layer_ids=(1, 3, 4, 6),
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, index_n_heads=2, index_head_dim=18, index_topk=5,
+    candidate_source_layer_id=4, candidate_topk_blocks=3, candidate_block_size=4, sliding_window=11,
+)  # fmt: skip
+V41_ENGRAM = EngramConfig(
+    layer_ids=(0, 3), vocab_size=31, compressed_vocab_size=53, max_ngram_size=4, n_heads=2, head_dim=3, conv_kernel_size=0
+)
+V32 = LatentConfig(
+    vocab_size=53, hidden_size=22, num_hidden_layers=3, num_attention_heads=5, q_lora_rank=7, kv_lora_rank=11,
+    qk_nope_head_dim=9, qk_rope_head_dim=4, v_head_dim=13, intermediate_size=17, index_n_heads=3, index_head_dim=6,
+    index_topk=7, first_k_dense_replace=1, n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=8, n_group=3,
+    topk_group=2,
+)  # fmt: skip
+GQA = DenseConfig(
+    vocab_size=53, hidden_size=22, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
+    intermediate_size=17,
+)  # fmt: skip
 # One line per family: every configuration here has its bytes, allocations and reads held against the accounting.
 FAMILIES = [
     pytest.param(CONFIG, id="v4"),
     pytest.param(WITH_ENGRAM, id="v4-engram"),
     pytest.param(replace(CONFIG, layer_kinds=("window",), mlp_kinds=("hash",), sliding_window=1), id="v4-window"),
     pytest.param(replace(CONFIG, head_dim=75, qk_rope_head_dim=2, index_head_dim=33, index_topk=1000), id="v4-odd-widths"),
+    pytest.param(replace(V41, candidate_source_layer_id=-1, engram=V41_ENGRAM), id="v4.1"),
+    pytest.param(replace(V41, candidate_source_layer_id=-1, index_topk=1000), id="v4.1-keeping-all"),
+    pytest.param(V32, id="v3.2"),
+    pytest.param(replace(V32, index_topk=0), id="mla"),
+    pytest.param(GQA, id="gqa"),
+    pytest.param(replace(GQA, num_key_value_heads=6), id="mha"),
 ]
 
 
@@ -158,6 +183,21 @@ def test_held_reserved_and_read_bytes_of_every_family_are_those_of_the_accountin
             del read["total"]
             assert cache.bytes_read_by_part() == {part: batch * n for part, n in read.items()}
     model.fetcher.close()
+
+
+def test_a_long_context_reads_index_keys_of_the_candidate_pool_alone():
+    """The accounting counts what must be read; up to two pools are read whole, which needs no gathering."""
+    model, cache, pool = model_class(V41).untrained(V41), KVCache(V41, 1, "released", torch.device("cpu")), 3 * 4
+    assert V41.candidate_pool(6) == pool
+    with torch.inference_mode():
+        for length in (1, pool - 1, pool, pool + 1, 2 * pool, 2 * pool + 1, 83):
+            if length > cache.length + 1:
+                model(random_ids(V41, 1, length - 1 - cache.length), cache, "last")
+            cache.reset_bytes_read()
+            model(random_ids(V41, 1, 1), cache, "last")
+            read, expected = cache.bytes_read_by_part(), cost.decode_bytes(V41, length)
+            more = (length - pool) * cost.index_key_bytes(V41) if pool < length <= 2 * pool else 0
+            assert read == {part: n + more * (part == "index") for part, n in expected.items() if part != "total"}
 
 
 def test_released_rows_are_really_smaller():

@@ -161,7 +161,7 @@ class SharedStreamConfig:
         text = config.get("text_config", config)
         if not isinstance(text, dict):
             raise InputError(f"text_config must be an object of settings, got {type(text).__name__}")
-        text = {"image_token_id": config.get("image_token_id")} | text
+        text = text | {"image_token_id": text.get("image_token_id", config.get("image_token_id"))}
         check_fixed(
             text,
             scoring_func="sqrtsoftplus",
@@ -185,7 +185,7 @@ class SharedStreamConfig:
         out: dict[str, Any] = {"architectures": ["DeepseekV41ForCausalLM"], "model_type": self.model_type}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("compress_rope", "engram"):
+            if field.name not in ("compress_rope", "engram") and value is not None:
                 out[field.name] = list(value) if isinstance(value, tuple) else value
         out |= {
             "num_hidden_layers": self.num_hidden_layers,

@@ -198,8 +198,9 @@ def kv_bytes_per_token(model: Model, storage: str = "released") -> dict[str, flo
 def decode_bytes(model: Model, length: int, storage: str = "released") -> dict[str, int]:
     """Part -> bytes of its cache that one decoded token must read in a context of ``length`` tokens, and their "total".
 
-    Every index key is read, but of the entries only those the indexer keeps; windows, HCA entries and dense caches are read
-    whole. The open block (``tail``), read once a block, is left out as in the published figures; so are weights and the rows
+    Every index key is read (in V3.2 only once there are more tokens than are kept; in V4.1's reindexing layers those of the
+    candidate pool), but of the entries only those the indexer keeps; windows, HCA entries and dense caches are read whole.
+    The open block (``tail``), read once a block, is left out as in the published figures; so are weights and the rows
     of an Engram table. InputError as for ``kv_bytes``.
     """
     config = config_for(model, length)
@@ -266,16 +267,11 @@ def _scored_keys(config: HybridConfig | SharedStreamConfig | LatentConfig, lengt
     if isinstance(config, HybridConfig):
         return config.layer_kinds.count("csa") * (length // config.csa_ratio)
     if isinstance(config, LatentConfig):
-        return config.num_hidden_layers * length if config.index_topk else 0
-    scored, pool = 0, None
+        return config.num_hidden_layers * length if 0 < config.index_topk < length else 0
+    scored = 0
     for layer in config.index_source_layer_ids:
-        entries = length // config.compress_ratios[layer]
-        if layer in config.kv_source_layer_ids:  # scores all of its new stream; the candidate source leaves a pool
-            makes_pool = layer == config.candidate_source_layer_id
-            pool = config.candidate_topk_blocks * config.candidate_block_size if makes_pool else None
-            scored += entries
-        else:
-            scored += entries if pool is None else min(entries, pool)
+        entries, pool = length // config.compress_ratios[layer], config.candidate_pool(layer)
+        scored += min(entries, pool) if pool else entries
     return scored
 
 

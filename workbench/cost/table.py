@@ -97,10 +97,9 @@ def _notes(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> lis
     else:
         lines = ["cache: a single KV head (a latent) does not split; each card of a group holds all of its group's sequences"]
     if weights:
-        lines.append(
-            "weights: routed experts spread over all cards; the others split over a group's cards, again in each group"
-        )
+        lines.append("weights: routed experts are spread over all cards; each group holds all others, split over its cards")
     lines.append(f"rates: peak bandwidth and FLOP rate, even routing, no communication{'' if weights else ', no weights'}")
+    lines.append("FLOPs: fp8-equivalent on a device with FP8 units, plain without")
     if any(found["longest_context_is_extrapolated"] for found in shown):
         lines.append(f"*: beyond the model's max_position_embeddings of {report['max_position_embeddings']:,}, extrapolated")
     for found in shown:

@@ -165,7 +165,7 @@ def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.
     lines = [*wrap(trace.label, TITLE_WIDTH), *wrap(heading, TITLE_WIDTH)]
     above = 14 + 17 * len(lines) + 62  # the title and three lines of legend
     style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + (310 if indexed else 170))
-    fig.update_layout(bargap=0, barmode="overlay", margin_t=above)
+    fig.update_layout(bargap=0, barmode="overlay", margin_t=above, showlegend=True)  # also of one kind of bars
     fig.update_xaxes(title_text="token position", row=2 if indexed else 1, col=1)
     return fig
 

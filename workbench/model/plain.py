@@ -6,7 +6,6 @@ Letters: B batch, T new tokens, C model dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,6 @@ from workbench.model.kv_cache import KVCache, LayerCache
 from workbench.model.language_model import LanguageModel
 from workbench.model.layers import RMSNorm, Rotary
 from workbench.model.moe import MoE, SwiGLU
-
-SHARED_CHANNELS, SHARED_VALUE = 4, 1.5  # of a new model's embeddings: a direction that all words have in common
-LOOK_BACK_PAIRS, LOOK_BACK_SIZE = 4, 5.3  # rotary pairs that tell near distances apart, and how sharply
 
 
 class PlainBlock(nn.Module):
@@ -53,21 +49,6 @@ class PlainModel(LanguageModel):
         super().__init__(config)
         self.layers = nn.ModuleList(PlainBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.rotary = Rotary(config)
-
-    @classmethod
-    def untrained(cls, config: DenseConfig | LatentConfig, seed: int = 0) -> Self:
-        """Random weights, but heads of the first layer that look 1, 2, 3, ... tokens back.
-
-        RoPE finds a distance only in a direction that all words share, and random embeddings have none. The few million tokens
-        that a tiny model sees are too few to grow both first and then what builds on them, so training starts from them.
-        """
-        model = super().untrained(config, seed)
-        with torch.no_grad():
-            model.embed.weight[:, :SHARED_CHANNELS] = SHARED_VALUE
-            model.head.weight[:, :SHARED_CHANNELS] = 0.0  # it tells no word from another
-            block = model.blocks[0]
-            block.attn.look_back(block.attn_norm(model.embed.weight), model.rotary, LOOK_BACK_PAIRS, LOOK_BACK_SIZE)
-        return model
 
     def run_layers(
         self, ids: Tensor, start: int, cache: KVCache | None, fetches: Mapping[int, Fetch], topk: int | None

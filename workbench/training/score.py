@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from workbench.config import ModelConfig
 from workbench.model.language_model import LanguageModel
 from workbench.recorder import selecting_attention
-from workbench.trace import SELECTING
+from workbench.trace import INDEXING
 from workbench.training import tally, tasks
 
 SEED = 20260424  # of the held-out needles; training seeds are small numbers
@@ -29,7 +29,8 @@ Sought = Callable[[tasks.RecallBatch], tuple[np.ndarray, np.ndarray, np.ndarray]
 def far_distance(model: LanguageModel) -> int:
     """Tokens between value and question above which only compressed entries can help; without a window, as if it had one."""
     config = model.config
-    return config.sliding_window + 2 * config.csa_ratio if config.sliding_window else tasks.FAR
+    ratios = [config.compress_ratios[layer] for layer in selecting_layers(config)]
+    return config.sliding_window + 2 * max(ratios) if config.sliding_window else tasks.FAR
 
 
 def entries_of(config: ModelConfig, layer: int, token: Any) -> list[Any]:
@@ -39,7 +40,8 @@ def entries_of(config: ModelConfig, layer: int, token: Any) -> list[Any]:
 
 
 def selecting_layers(config: ModelConfig) -> list[int]:
-    return [layer for layer, kind in enumerate(config.layer_kinds) if kind in SELECTING]
+    """Layers that select for themselves; V4.1's reusing layers show another one's choice."""
+    return [layer for layer, kind in enumerate(config.layer_kinds) if kind in INDEXING]
 
 
 @torch.inference_mode()
@@ -61,7 +63,8 @@ def selected_entries(model: LanguageModel, ids: torch.Tensor, topk: int | None =
     """Entries each selecting layer keeps for each query, best first: layer -> [B, T, K], -1 where none."""
     with selecting_attention(model) as seen, torch.inference_mode():
         model(ids.to(model.device), topk=topk)
-    chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in seen.items()}
+    own = {layer: seen[layer] for layer in selecting_layers(model.config)}
+    chosen = {layer: [r.selection.entries.cpu().numpy() for r in records if r.selection] for layer, records in own.items()}
     return {layer: np.concatenate(chunks, axis=1) for layer, chunks in chosen.items()}
 
 
@@ -109,20 +112,22 @@ def needle_hits(
 
 
 def chance_hits(model: LanguageModel, batches: Sequence[tasks.RecallBatch], k: int) -> float:
-    """Expected hit rate of a selecting layer when k of the visible entries are drawn at random; 0 without one."""
-    layers = selecting_layers(model.config)
-    if not layers:
-        return 0.0
-    ratio = model.config.compress_ratios[layers[0]]
-    right = len(entries_of(model.config, layers[0], np.zeros(1, int)))
-    chances = []
-    for batch in batches:
-        row, t = np.nonzero(batch.read_mask)
-        t = t[t - batch.needle_position[row, t] > far_distance(model)]
-        visible = (t + 1) // ratio
-        missed = np.prod([np.clip(visible - k - i, 0, None) / (visible - i) for i in range(right)], axis=0)
-        chances.append(1 - missed)
-    return float(np.concatenate(chances).mean())
+    """Expected hit rate when k of the visible entries are drawn at random, in the selecting layer where that is likeliest.
+
+    0 without a selecting layer.
+    """
+    likeliest = 0.0
+    for layer in selecting_layers(model.config):
+        right = len(entries_of(model.config, layer, 0))
+        chances = []
+        for batch in batches:
+            row, t = np.nonzero(batch.read_mask)
+            t = t[t - batch.needle_position[row, t] > far_distance(model)]
+            visible = (t + 1) // model.config.compress_ratios[layer]
+            missed = np.prod([np.clip(visible - k - i, 0, None) / (visible - i) for i in range(right)], axis=0)
+            chances.append(1 - missed)
+        likeliest = max(likeliest, float(np.concatenate(chances).mean()))
+    return likeliest
 
 
 @torch.inference_mode()

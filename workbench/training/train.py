@@ -30,8 +30,10 @@ from workbench.model.engram import canonical_ids
 from workbench.model.families import model_class
 from workbench.model.language_model import LanguageModel
 from workbench.model.moe import MoE
+from workbench.model.plain import PlainModel
 from workbench.recorder import selecting_attention
 from workbench.training import tally, tasks
+from workbench.training.head_start import give_head_start
 from workbench.training.optimiser import optimisers
 from workbench.training.recipes import Phase, Recipe, recipe_named
 from workbench.training.score import all_records, needle_hits, recall, score_model, tally_batches, tally_scores, text_loss
@@ -70,9 +72,14 @@ def prepare(recipe: Recipe) -> Data:
 
 
 def build(recipe: Recipe, data: Data) -> LanguageModel:
-    """The model that training starts with: untrained, from the recipe's seed, or with the weights of ``start_from``."""
+    """The model that training starts with: untrained, from the recipe's seed, or with the weights of ``start_from``.
+
+    Dense and MLA models get a head start, see training/head_start.py.
+    """
     config = recipe.config(int(data.canonical.max()) + 1)
     model = model_class(config).untrained(config, recipe.seed)
+    if isinstance(model, PlainModel):
+        give_head_start(model)
     if recipe.start_from:
         model.load_state_dict(checkpoint.load(recipe.start_from, device="cpu").state_dict())
     if model.config.engram:

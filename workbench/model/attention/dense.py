@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workbench.config import DenseConfig
 from workbench.model.attention.hybrid import CHUNK_ELEMENTS, MAX_QUERIES, Attention
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
-from workbench.model.layers import Rotary, Tap, rotate_halves
+from workbench.model.layers import Tap, rotate_halves
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,29 +100,6 @@ class DenseAttention(nn.Module):
             return Rows(new)
         cache.kv.append(new)
         return cache.kv
-
-    def look_back(self, words: Tensor, rotary: Rotary, pairs: int, size: float) -> None:
-        """Let head h attend h + 1 tokens back, whatever the words [V, C]: ``pairs`` rotary pairs of length ``size`` say so."""
-        queries, keys = looking_back(rotary, self.heads, pairs, size)
-        half = self.head_dim // 2
-        for head in range(self.heads):
-            at = head * self.head_dim
-            answer_with(self.wq.weight[at : at + pairs], words, queries[head].real)
-            answer_with(self.wq.weight[at + half : at + half + pairs], words, queries[head].imag)
-        for at in range(0, self.kv_heads * self.head_dim, self.head_dim):
-            answer_with(self.wk.weight[at : at + pairs], words, keys.real)
-
-
-def looking_back(rotary: Rotary, heads: int, pairs: int, size: float) -> tuple[Tensor, Tensor]:
-    """Complex queries [H, P] and keys [P] of the fastest rotary pairs; head h finds their product largest h + 1 tokens back."""
-    distances = torch.arange(1, heads + 1, device=rotary.frequencies.device)
-    return size * rotary(distances)[:, :pairs].conj(), size * torch.ones_like(rotary(distances)[0, :pairs])
-
-
-def answer_with(weight: Tensor, inputs: Tensor, target: Tensor) -> None:
-    """Change rows of a projection [P, C], in place, so that the mean of ``inputs`` [N, C] gives ``target`` [P] besides."""
-    mean = inputs.mean(0)
-    weight += torch.outer(target, mean / mean.dot(mean))
 
 
 def everything_seen(start: int, probs: Tensor) -> Attention:

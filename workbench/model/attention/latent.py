@@ -15,15 +15,13 @@ from workbench.config import LatentConfig
 from workbench.model.attention.dense import (
     AttendedAll,
     TokenPositions,
-    answer_with,
     attend_all,
     everything_seen,
-    looking_back,
 )
 from workbench.model.attention.hybrid import CHUNK_ELEMENTS, MAX_QUERIES, Attention
 from workbench.model.indexer import IndexQueries, Selection, TokenIndexer, select_entries
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
-from workbench.model.layers import RMSNorm, Rotary, Tap, rotate
+from workbench.model.layers import RMSNorm, Tap, rotate
 
 INNER_EPS = 1e-6  # of the norms inside MLA, whatever the model's own
 NAIVE_ELEMENTS = 2**24  # projected keys and values the naive form may hold at once
@@ -72,15 +70,6 @@ class LatentAttention(nn.Module):
         if self.kind == "mla-dsa":
             self.indexer.remember(x, at.turns, cache)
         return self._rows(x, at, cache)
-
-    def look_back(self, words: Tensor, rotary: Rotary, pairs: int, size: float) -> None:
-        """As ``DenseAttention.look_back``, with the rotary part of the queries and the key part that heads share."""
-        queries, keys = looking_back(rotary, self.heads, pairs, size)
-        low = self.q_norm(self.wq_a(words))
-        for head in range(self.heads):
-            at = head * (self.nope + self.rotary) + self.nope
-            answer_with(self.wq_b.weight[at : at + 2 * pairs], low, torch.view_as_real(queries[head]).flatten())
-        answer_with(self.wkv_a.weight[self.rank : self.rank + 2 * pairs], words, torch.view_as_real(keys).flatten())
 
     def _rows(self, x: Tensor, at: TokenPositions, cache: LayerCache | None) -> Rows | GrowingRows:
         latent, key = self.wkv_a(x).split([self.rank, self.rotary], dim=-1)

@@ -30,6 +30,9 @@ from workbench.model.indexer import (
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import GroupedProjection, RMSNorm, Rotary, Tap, rotate
 
+LOOK_BACK_PAIRS = 4
+KEY_SHARE = 0.45
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -47,6 +50,19 @@ class Stream:
     runner_up: Selection | None = None
     whole: bool = False
     candidates: Tensor | None = None
+
+
+def looking_back(rotary: Rotary, heads: int, pairs: int, size: float) -> tuple[Tensor, Tensor]:
+    """Complex queries [H, P] and keys [P] of the fastest rotary pairs; head h finds their product largest h + 1 tokens back."""
+    distances = torch.arange(1, heads + 1, device=rotary.frequencies.device)
+    turns = rotary(distances)[:, :pairs]
+    return KEY_SHARE**-1 * size * turns.conj(), KEY_SHARE * size * torch.ones_like(turns[0])
+
+
+def answer_with(weight: Tensor, inputs: Tensor, target: Tensor) -> None:
+    """Change rows of a projection [P, C], in place, so that the mean of ``inputs`` [N, C] gives ``target`` [P] besides."""
+    mean = inputs.mean(0)
+    weight += torch.outer(target, mean / mean.dot(mean))
 
 
 class SharedStreamAttention(nn.Module):
@@ -105,9 +121,22 @@ class SharedStreamAttention(nn.Module):
 
     def remember(self, x: Tensor, at: Positions, cache: LayerCache) -> None:
         """Take x [B, T, C] into the cache, window and stream, without attending to anything."""
+        assert cache.window is not None
         if self.kind == "csa2-full":
             self.publish(x, cache)
-        self._window_keys(x, self._turns(at), cache)
+        kept = min(x.shape[1], self.window)  # keys that this very call pushes out of the window again are left out
+        cache.window.skip(x.shape[1] - kept)
+        cache.window.append(self._keys(x[:, -kept:], self._turns(at)[-kept:]))
+
+    def look_back(self, words: Tensor, rotary: Rotary, size: float) -> None:
+        """Let head h attend h + 1 tokens back within the window, whatever the words [V, C], by the fastest rotary pairs."""
+        pairs = min(LOOK_BACK_PAIRS, len(rotary.frequencies))
+        queries, keys = looking_back(rotary, self.heads, pairs, size)
+        low, first = self.q_norm(self.wq_a(words)), self.head_dim - 2 * len(rotary.frequencies)
+        for head in range(self.heads):
+            at = head * self.head_dim + first
+            answer_with(self.wq_b.weight[at : at + 2 * pairs], low, torch.view_as_real(queries[head]).flatten())
+        answer_with(self.wkv.weight[first : first + 2 * pairs], words, torch.view_as_real(keys).flatten())
 
     def publish(self, x: Tensor, cache: LayerCache | None) -> Stream:
         """A Full layer's stream with the entries and index keys that x [B, T, C] completes; nothing is chosen yet."""
@@ -125,14 +154,18 @@ class SharedStreamAttention(nn.Module):
     def _turns(self, at: Positions) -> Tensor:
         return at.compressed_turns if self.ratio else at.window_turns
 
+    def _keys(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Window keys of the tokens x [B, T, C], which are their values too, [B, T, D]."""
+        return rotate(self.kv_norm(self.wkv(x)), turns)
+
     def _window_keys(self, x: Tensor, turns: Tensor, cache: LayerCache | None) -> tuple[Tensor, int]:
         """The W - 1 window keys before the new tokens, zeros where fewer are known, and theirs, [B, W - 1 + T, D]; how many."""
-        new = rotate(self.kv_norm(self.wkv(x)), turns)
+        new = self._keys(x, turns)
         if cache is None or cache.window is None:
             return F.pad(new, (0, 0, self.window - 1, 0)), 0
         known = min(cache.window.length, self.window - 1)
         past = cache.window.last(known).to(new.dtype)
-        cache.window.append(new)
+        new = cache.window.append(new).to(new.dtype)
         return torch.cat([F.pad(past, (0, 0, self.window - 1 - known, 0)), new], dim=1), known
 
     def _choose(self, index: IndexQueries, stream: Stream, at: Positions) -> Stream:
