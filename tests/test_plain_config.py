@@ -162,7 +162,7 @@ def yarn(**changes: Any) -> dict[str, Any]:
         (V32, {"num_experts_per_tok": 129}, "num_experts_per_tok=129 exceeds the 128 experts"),
         (V32, {"index_head_dim": 32}, "index_head_dim=32 is below qk_rope_head_dim=64"),
         (V32, {"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even for RoPE, got 63"),
-        (V32, {"index_topk": -1}, "index_topk must be positive, got -1"),
+        (V32, {"index_topk": -1}, "index_topk must be at least 0, got -1"),
         (V32, {"q_lora_rank": None}, "config.json has no q_lora_rank"),
         (V32, {"kv_lora_rank": None, "v_head_dim": None}, "config.json has no kv_lora_rank, v_head_dim"),
         (V32, yarn(type="linear"), "rope type 'linear' is not supported"),

@@ -15,6 +15,7 @@ from tests.slow_reference import CONFIG, ENGRAM, random_ids, random_model
 from workbench.checkpoint import load
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
+from workbench.model.engram import canonical_ids
 from workbench.model.indexer import Selection
 from workbench.recorder import selecting_attention
 from workbench.training import tally, tasks, train
@@ -36,7 +37,7 @@ def data() -> train.Data:
     text = tasks.heldout_sample(100_000)
     tokenizer = tasks.train_tokenizer([text], RECIPE.vocab_size)
     ids = np.asarray(tokenizer.encode(text).ids, np.int32)
-    return train.Data(tokenizer, ids[:-9000], ids[-9000:], tasks.canonical_ids(tokenizer))
+    return train.Data(tokenizer, ids[:-9000], ids[-9000:], canonical_ids(tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +279,12 @@ def test_selection_turns_sparse_after_three_good_evaluations_in_a_row():
         not warmed() and not warmed(1, 1) and not warmed(1, 1, 0.8, 1, 1) and warmed(0.1, 0.9, 0.95, 1) and warmed(1, 1, 1, 0)
     )
     assert train.warmed_up([], Phase(steps=1, length=8, batch=1))
+
+
+def test_selection_waits_for_answers_too_where_a_recipe_asks_for_them():
+    phase = Phase(steps=1, length=8, batch=1, hit_target=0.9, recall_target=0.5)
+    found = [{"hit_at_topk": {"1": 1.0}, "recall": recall} for recall in (0.2, 0.6, 0.4, 0.5, 0.7)]
+    assert not train.warmed_up(found, phase) and train.warmed_up([*found, found[1]], phase)
 
 
 @pytest.mark.parametrize("shape", [(5, 13), (13, 5), (3, 7, 7)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from workbench.model.kv_cache import KVCache, LayerCache
 from workbench.model.language_model import LanguageModel
 from workbench.model.layers import RMSNorm, Rotary, Tap
 from workbench.model.moe import MoE
-
-SHARED_CHANNELS, SHARED_VALUE = 4, 1.5  # of a new model's embeddings: a direction that all words have in common
-LOOK_BACK_SIZE = 7.0
 
 
 class Flow(NamedTuple):
@@ -89,22 +86,6 @@ class V41Model(LanguageModel):
         self.layers = nn.ModuleList(SinglePassBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.window_rotary = Rotary(config, compressed=False)
         self.compressed_rotary = Rotary(config, compressed=True)
-
-    @classmethod
-    def untrained(cls, config: SharedStreamConfig, seed: int = 0) -> Self:
-        """Random weights, but heads of the first layer that look 1, 2, 3, ... tokens back.
-
-        RoPE finds a distance only in a direction that all words share, and random embeddings have none. The few million tokens
-        that a tiny model sees are too few to grow both first and then what builds on them, so training starts from them.
-        """
-        model = super().untrained(config, seed)
-        with torch.no_grad():
-            model.embed.weight[:, :SHARED_CHANNELS] = SHARED_VALUE
-            model.head.weight[:, :SHARED_CHANNELS] = 0.0  # it tells no word from another
-            block = model.blocks[0]
-            rotary = model.compressed_rotary if block.attn.ratio else model.window_rotary
-            block.attn.look_back(block.attn_norm(model.embed.weight), rotary, LOOK_BACK_SIZE)
-        return model
 
     def prefill(
         self,

@@ -23,13 +23,16 @@ class Phase:
 
     With a ``hit_target`` layers that select attend to every visible entry at first, while their indexers learn to imitate that
     attention, and go over to the indexers' top-k when three evaluations in a row find that share of the needles among them:
-    sparse selection from the start, or too early, stalls. Without one the phase is sparse throughout.
+    sparse selection from the start, or too early, stalls. Without one the phase is sparse throughout. ``recall_target`` asks
+    for that share of answers as well: where an entry is a token, an indexer that keeps every value finds the needle too, long
+    before it can tell one key from another.
     """
 
     steps: int
     length: int
     batch: int
     hit_target: float | None = None
+    recall_target: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,12 +218,13 @@ _TALLY = replace(
 )
 # Dense attention has no indexer to wait for; the same steps on the same data all the same.
 _DENSE_PHASES = tuple(replace(phase, hit_target=None) for phase in _TINY_V4.phases)
+_RECALLING_PHASES = (replace(_TINY_V4.phases[0], recall_target=0.9), *_TINY_V4.phases[1:])
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         _TINY_V4,
         replace(_TINY_V4, name="tiny-v4-engram", engram=True),
-        replace(_TINY_V4, name="tiny-v41", family="v41", engram=True),
+        replace(_TINY_V4, name="tiny-v41", family="v41", engram=True, phases=_RECALLING_PHASES),
         replace(_TINY_V4, name="tiny-mla-dsa", family="mla-dsa"),
         replace(_TINY_V4, name="tiny-gqa", family="gqa", phases=_DENSE_PHASES),
         _TALLY,

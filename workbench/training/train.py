@@ -157,7 +157,7 @@ def warmed_up(curve: list[dict[str, Any]], phase: Phase) -> bool:
     """Whether selection may be sparse: once three evaluations in a row have met the phase's target."""
     if phase.hit_target is None:
         return True
-    met = [best_hit(point) >= phase.hit_target for point in curve]
+    met = [best_hit(point) >= phase.hit_target and point.get("recall", 1.0) >= phase.recall_target for point in curve]
     return any(all(met[i : i + 3]) for i in range(len(met) - 2))
 
 

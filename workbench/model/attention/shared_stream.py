@@ -30,9 +30,6 @@ from workbench.model.indexer import (
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import GroupedProjection, RMSNorm, Rotary, Tap, rotate
 
-LOOK_BACK_PAIRS = 4
-KEY_SHARE = 0.45
-
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -52,19 +49,6 @@ class Stream:
     candidates: Tensor | None = None
 
 
-def looking_back(rotary: Rotary, heads: int, pairs: int, size: float) -> tuple[Tensor, Tensor]:
-    """Complex queries [H, P] and keys [P] of the fastest rotary pairs; head h finds their product largest h + 1 tokens back."""
-    distances = torch.arange(1, heads + 1, device=rotary.frequencies.device)
-    turns = rotary(distances)[:, :pairs]
-    return KEY_SHARE**-1 * size * turns.conj(), KEY_SHARE * size * torch.ones_like(turns[0])
-
-
-def answer_with(weight: Tensor, inputs: Tensor, target: Tensor) -> None:
-    """Change rows of a projection [P, C], in place, so that the mean of ``inputs`` [N, C] gives ``target`` [P] besides."""
-    mean = inputs.mean(0)
-    weight += torch.outer(target, mean / mean.dot(mean))
-
-
 class SharedStreamAttention(nn.Module):
     """Shared-KV multi-query attention as in V4, without a norm on the heads' queries, over a window and a shared stream."""
 
@@ -74,11 +58,8 @@ class SharedStreamAttention(nn.Module):
         self.kind, self.ratio = config.layer_kinds[layer], config.compress_ratios[layer]
         self.heads, self.head_dim, self.window, self.topk = heads, d, config.sliding_window, config.index_topk
         self.makes_pool = layer == config.candidate_source_layer_id
-        self.pool, self.blocks, self.block = (
-            config.candidate_pool(layer),
-            config.candidate_topk_blocks,
-            config.candidate_block_size,
-        )
+        self.pool = config.candidate_pool(layer)
+        self.blocks, self.block = config.candidate_topk_blocks, config.candidate_block_size
         self.wq_a = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
         self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
         self.wq_b = nn.Linear(config.q_lora_rank, heads * d, bias=False)
@@ -127,16 +108,6 @@ class SharedStreamAttention(nn.Module):
         kept = min(x.shape[1], self.window)  # keys that this very call pushes out of the window again are left out
         cache.window.skip(x.shape[1] - kept)
         cache.window.append(self._keys(x[:, -kept:], self._turns(at)[-kept:]))
-
-    def look_back(self, words: Tensor, rotary: Rotary, size: float) -> None:
-        """Let head h attend h + 1 tokens back within the window, whatever the words [V, C], by the fastest rotary pairs."""
-        pairs = min(LOOK_BACK_PAIRS, len(rotary.frequencies))
-        queries, keys = looking_back(rotary, self.heads, pairs, size)
-        low, first = self.q_norm(self.wq_a(words)), self.head_dim - 2 * len(rotary.frequencies)
-        for head in range(self.heads):
-            at = head * self.head_dim + first
-            answer_with(self.wq_b.weight[at : at + 2 * pairs], low, torch.view_as_real(queries[head]).flatten())
-        answer_with(self.wkv.weight[first : first + 2 * pairs], words, torch.view_as_real(keys).flatten())
 
     def publish(self, x: Tensor, cache: LayerCache | None) -> Stream:
         """A Full layer's stream with the entries and index keys that x [B, T, C] completes; nothing is chosen yet."""
@@ -230,7 +201,7 @@ class SharedStreamAttention(nn.Module):
     def _attend_to_stream(
         self, q: Tensor, keys: Tensor, known: int, start: int, stream: Stream, selection: Selection
     ) -> Attended:
-        """Entry probabilities come in the order of the selection."""
+        """Entry probabilities come in the order of the selection, where somebody listens."""
         there = selection.entries >= 0
         if not stream.whole:
             gathered = stream.entries.gather(selection.entries.clamp(min=0)).to(q.dtype)  # [B, T, K, D]
@@ -238,5 +209,7 @@ class SharedStreamAttention(nn.Module):
         closed = self._closed(start, q.shape[1], q.device)
         visible = torch.arange(stream.entries.length, device=q.device) < closed.unsqueeze(-1)
         done = attend(q, keys, self.window, known, stream.entries.read().to(q.dtype), visible, self.attn_sink)
+        if not self.attention_tap.listening:
+            return done
         order = selection.entries.clamp(min=0).unsqueeze(2).expand(-1, -1, self.heads, -1)
         return done._replace(entry_probs=done.entry_probs.gather(-1, order) * there.unsqueeze(2))
