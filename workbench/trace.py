@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from workbench.errors import InputError
+from workbench.intervals import length, union
 
 Origin = Literal["measured", "modelled", "recorded"]
 FORMAT, VERSION = "workbench-trace", 1
@@ -32,6 +34,7 @@ ROW_VALUES = 2**24  # and a head's rows over all entries together hold at most a
 SELECTING = ("csa", "csa2-full", "csa2-reindex", "csa2-reuse", "mla-dsa")
 INDEXING = ("csa", "csa2-full", "csa2-reindex", "mla-dsa")
 ATTENDING_TO_ALL = ("hca", "mla", "gqa", "mha")
+FETCHING = ("lookup", "transfer")  # lanes on which Engram rows are on their way
 OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own and the one before
 
 
@@ -39,7 +42,7 @@ OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own
 class Span:
     """One piece of work on one lane; times are seconds since the run began."""
 
-    lane: str  # "compute", "transfer", "lookup", "stall", or a stream's name in an imported trace
+    lane: str  # "compute", "transfer", "lookup", "stall", "ids", or a stream's name in an imported trace
     name: str
     step: int
     start_s: float
@@ -75,8 +78,33 @@ class Timeline:
 
     @property
     def hidden_fraction(self) -> float:
-        """1 - stall / lookup, the share of the lookup that compute covered; NaN without any lookup."""
-        return 1.0 - self.stall_s / self.lookup_s if self.lookup_s > 0 else float("nan")
+        """1 - stall / fetch, the share of the fetching that compute covered; NaN without any."""
+        return 1.0 - self.stall_s / self.fetch_s if self.fetch_s > 0 else float("nan")
+
+    @property
+    def fetch_s(self) -> float:
+        """Seconds in which rows were on their way, looked up or copied: ``lookup_s`` where there is no link to cross."""
+        fetching = [s for s in self.spans if s.lane in FETCHING]
+        return length(union(np.array([s.start_s for s in fetching]), np.array([s.end_s for s in fetching])))
+
+    def dependencies(self) -> list[tuple[Span, Span]]:
+        """Each span with those it had to wait for, cause first, by the names in ``after``: of a step's spans of that name the
+        last that began no later, or one of another step if only one span has the name. Absent names give nothing.
+        """
+        named: dict[Any, list[Span]] = {}
+        for span in sorted(self.spans, key=lambda s: s.start_s):
+            named.setdefault((span.step, span.name), []).append(span)
+            named.setdefault(span.name, []).append(span)
+        pairs = []
+        for span in self.spans:
+            for name in span.after:
+                alone = named.get(name, [])
+                known = named.get((span.step, name)) or (alone if len(alone) == 1 else [])
+                place = bisect_right(known, span.start_s, key=lambda s: s.start_s)
+                cause = next((s for s in reversed(known[:place]) if s is not span), None)
+                if cause is not None:
+                    pairs.append((cause, span))
+        return pairs
 
 
 @dataclass(frozen=True, slots=True)
