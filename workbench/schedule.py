@@ -7,7 +7,8 @@ durations go in (`workbench.cost.fetch` derives them from presets, devices and l
 One queue serves the fetches in the order of their layers, each whole before the next begins. With fetch times T_f1, T_f2, ...
 and the ids known at t0 (reference/engram-and-overlap.md, section 3):
 
-    done_1 = t0 + T_f1      done_k = done_(k-1) + T_fk      stall_k = max(0, done_k - start_k)  T = T_compute + sum stall_k
+    done_1 = t0 + T_f1      done_k = done_(k-1) + T_fk
+    stall_k = max(0, done_k - start_k)      T = T_compute + sum of stall_k
 
 start_k is when compute reaches layer k, earlier stalls included. "prefetch" does that; "serial" begins a fetch only when
 compute has reached its layer; "resident" rows lie on the device already and nothing is fetched.

@@ -87,6 +87,11 @@ class Timeline:
         fetching = [s for s in self.spans if s.lane in FETCHING]
         return length(union(np.array([s.start_s for s in fetching]), np.array([s.end_s for s in fetching])))
 
+    def origins(self) -> list[Origin]:
+        """Of each span. "measured" is what a span says by default, so where none says more the timeline speaks for all."""
+        plain = all(s.origin == "measured" for s in self.spans)
+        return [self.origin if plain else s.origin for s in self.spans]
+
     def dependencies(self) -> list[tuple[Span, Span]]:
         """Each span with those it had to wait for, cause first, by the names in ``after``: of a step's spans of that name the
         last that began no later, or one of another step if only one span has the name. Absent names give nothing.
@@ -406,14 +411,14 @@ def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     manifest["token_texts"] = list(trace.token_texts)
     manifest["layers"] = [{"layer": x.layer, "kind": x.kind, "ratio": x.ratio} for x in trace.layers]
     manifest["engram"] = [{"layer": x.layer} for x in trace.engram]
-    manifest["origin"] = _stored(trace.origin)
+    manifest["origin"] = stored_origin(trace.origin)
     timeline = trace.timeline
-    manifest["timeline"] = {"origin": _stored(timeline.origin), "device": timeline.device, "note": timeline.note}
-    manifest["spans"] = [[s.lane, s.name, s.step, _stored(s.origin), list(s.after)] for s in spans]
+    manifest["timeline"] = {"origin": stored_origin(timeline.origin), "device": timeline.device, "note": timeline.note}
+    manifest["spans"] = [[s.lane, s.name, s.step, stored_origin(s.origin), list(s.after)] for s in spans]
     return arrays, manifest
 
 
-def _stored(origin: Origin) -> Origin:
+def stored_origin(origin: Origin) -> Origin:
     """What a saved measurement is called when it comes back; what was modelled stays modelled."""
     return "modelled" if origin == "modelled" else "recorded"
 
@@ -463,7 +468,7 @@ def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
         engram=tuple(record(EngramTrace, "engram", i, of) for i, of in enumerate(manifest["engram"])),
         timeline=Timeline(spans=spans, **manifest["timeline"]),
         cache_bytes={name[6:]: a for name, a in arrays.items() if name.startswith("cache.")},
-        origin=_stored(manifest["origin"]),
+        origin=stored_origin(manifest["origin"]),
     )
     _check(trace)
     return trace
