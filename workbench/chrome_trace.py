@@ -86,7 +86,7 @@ def load(path: str | Path) -> Timeline | Profile:
     if not path.is_file():
         raise InputError(f"no file {str(path)!r}: give a Chrome trace, as torch.profiler's export_chrome_trace writes")
     if path.stat().st_size > MAX_BYTES:
-        raise InputError(_too_large(path.name))
+        raise InputError(too_large(path.name))
     return loads(path.read_bytes(), path.name)
 
 
@@ -102,7 +102,7 @@ def loads(data: bytes, name: str = "trace.json") -> Timeline | Profile:
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{name} is damaged ({error}); export or copy it again") from None
     if len(data) > MAX_BYTES:
-        raise InputError(_too_large(name))
+        raise InputError(too_large(name))
     try:
         read = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -119,7 +119,7 @@ def loads(data: bytes, name: str = "trace.json") -> Timeline | Profile:
     return profile_of(found, events, name)
 
 
-def _too_large(name: str) -> str:
+def too_large(name: str) -> str:
     return f"{name} holds more than {MAX_BYTES / 2**20:.0f} MiB of JSON; profile fewer steps (torch.profiler.schedule)"
 
 

@@ -67,3 +67,20 @@ def _contains(cover: Cover, t: np.ndarray) -> np.ndarray:
     i = np.searchsorted(cover[0], t, side="right")
     ends = np.concatenate([[-np.inf], cover[1]])
     return t < ends[i]
+
+
+def busy_stretches(
+    cover: Cover, low: float, high: float, pixels: int, levels: int = 16
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A cover as a screen of ``pixels`` columns shows it: stretches (start, length, share), share being how much is covered.
+
+    The share is rounded up to one of ``levels``, neighbouring columns of one level are one stretch, empty columns none. So the
+    result has at most ``pixels`` stretches however many intervals there are, and none is too short to be seen.
+    """
+    edges = np.linspace(low, high, pixels + 1)
+    share = np.diff(before(cover, edges)) * (pixels / (high - low)) if high > low else np.zeros(pixels)
+    level = np.ceil(np.clip(share, 0.0, 1.0) * levels - 1e-6)
+    first = np.flatnonzero(np.concatenate([[True], level[1:] != level[:-1]]))
+    last = np.append(first[1:], pixels)
+    shown = level[first] > 0
+    return edges[first][shown], (edges[last] - edges[first])[shown], level[first][shown] / levels

@@ -182,6 +182,17 @@ class Profile:
         return found
 
 
+def overlap_lines(profile: Profile) -> list[str]:
+    """The overlaps as a table of plain text, and what must be known about the clocks."""
+    width = max(len(x.name) for x in profile.overlaps)
+    lines = [f"{profile.name}: {profile.spans:,} spans in {1e3 * profile.length_s:,.3f} ms, recorded on {profile.device}"]
+    lines.append(f"{'':{width}} {'busy, ms':>14} {'under others':>14} {'exposed':>14} {'hidden':>7}")
+    for x in profile.overlaps:
+        times = "".join(f" {1e3 * seconds:14,.3f}" for seconds in (x.busy_s, x.hidden_s, x.exposed_s))
+        lines.append(f"{x.name:{width}}{times} {x.hidden_fraction:7.0%}" if x.busy_s else f"{x.name:{width}}{times}")
+    return [*lines, str(profile.alignment)] if profile.alignment else lines
+
+
 def _joined(tracks: Sequence[Track]) -> Cover:
     if not tracks:
         return np.zeros(0), np.zeros(0)
