@@ -24,7 +24,7 @@ MAX_STEP = 10**6
 GZIP_MAGIC = b"\x1f\x8b"
 # One process per origin, so that measured and modelled spans are never on one track.
 PROCESSES: dict[Origin, int] = {"measured": 1, "recorded": 2, "modelled": 3}
-INSIDE = 1e-3  # an arrow ends this share of a span's length within it, where Perfetto looks for a slice to tie it to
+INSIDE = 1e-3  # arrows end this share of the shorter span within both, where Perfetto looks for slices to tie them to
 
 
 def save(source: Timeline | Trace, path: str | Path) -> Path:
@@ -67,9 +67,10 @@ def document(source: Timeline | Trace) -> dict[str, Any]:
         times = {"ts": 1e6 * span.start_s, "dur": 1e6 * (span.end_s - span.start_s)}
         events.append({"ph": "X", "name": span.name, "cat": span.lane, **times, "pid": process, "tid": line, "args": about})
     for number, (cause, span) in enumerate(timeline.dependencies()):
-        leaves = cause.end_s - INSIDE * (cause.end_s - cause.start_s)
-        last = span.end_s - INSIDE * (span.end_s - span.start_s)
-        arrives = min(max(span.start_s, leaves), last)  # a stall ends, rather than begins, with its cause
+        lengths = [s.end_s - s.start_s for s in (cause, span) if s.end_s > s.start_s]
+        inside = INSIDE * min(lengths, default=0.0)
+        leaves = max(cause.start_s, cause.end_s - inside)
+        arrives = min(max(span.start_s, leaves), max(span.start_s, span.end_s - inside))  # a stall ends with its cause
         for end, when, of in (({"ph": "s"}, leaves, cause), ({"ph": "f", "bp": "e"}, arrives, span)):
             process, line = at[id(of)]
             arrow = {"id": number, "name": "waits for", "cat": "dependency", "ts": 1e6 * when, "pid": process, "tid": line}

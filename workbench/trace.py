@@ -94,7 +94,8 @@ class Timeline:
 
     def dependencies(self) -> list[tuple[Span, Span]]:
         """Each span with those it had to wait for, cause first, by the names in ``after``: of a step's spans of that name the
-        last that began no later, or one of another step if only one span has the name. Absent names give nothing.
+        last that began no later, or while it lasted (a stall ends with its cause), or one of another step if only one span
+        has the name. Absent names give nothing.
         """
         named: dict[Any, list[Span]] = {}
         for span in sorted(self.spans, key=lambda s: s.start_s):
@@ -105,10 +106,11 @@ class Timeline:
             for name in span.after:
                 alone = named.get(name, [])
                 known = named.get((span.step, name)) or (alone if len(alone) == 1 else [])
-                place = bisect_right(known, span.start_s, key=lambda s: s.start_s)
-                cause = next((s for s in reversed(known[:place]) if s is not span), None)
-                if cause is not None:
-                    pairs.append((cause, span))
+                others = [s for s in known if s is not span]
+                place = bisect_right(others, span.start_s, key=lambda s: s.start_s)
+                place = place or bisect_right(others, span.end_s, key=lambda s: s.start_s)
+                if place:
+                    pairs.append((others[place - 1], span))
         return pairs
 
 

@@ -15,9 +15,10 @@ from workbench.profile import Kind, Profile, Track
 COLOURS: dict[Kind, str] = {"kernels": BLUE, "copies": GREEN, "memory sets": PINK, "thread": ORANGE}
 EXPOSED = "copy without any kernel"
 MOST_TRACKS = 20  # streams first, then the busiest threads
-MOST_NAMED = 150  # spans of a track drawn one by one; more are drawn by how busy each pixel is
+# Spans drawn one by one, of a track and of all tracks; a track with more in sight is drawn by how busy each pixel is.
+MOST_NAMED, ALL_NAMED = 150, 1200
 MOST_ARROWS = 40
-STRETCHES, PIXELS = 4000, 1000  # of all tracks together, and of one
+STRETCHES, PIXELS = 2000, 800  # of all tracks together, and of one
 NAME_LENGTH = 48
 THICKNESS = 0.72
 
@@ -28,17 +29,17 @@ def profile_chart(profile: Profile, start_s: float, end_s: float) -> go.Figure:
     """
     tracks = shown_tracks(profile)
     rows = {track.name: row for row, track in enumerate(tracks)}
-    pixels = min(PIXELS, STRETCHES // len(tracks))
+    pixels, most_named = min(PIXELS, STRETCHES // len(tracks)), min(MOST_NAMED, ALL_NAMED // len(tracks))
     fig = go.Figure()
     for row, track in enumerate(tracks):
-        first, last = _in_sight(track, start_s, end_s)
-        if last - first <= MOST_NAMED:
-            _add_spans(fig, track, row, first, last, start_s, end_s)
+        seen = np.flatnonzero((track.end_s >= start_s) & (track.start_s <= end_s))
+        if len(seen) <= most_named:
+            _add_spans(fig, track, row, seen, start_s, end_s)
         else:
             _add_stretches(fig, track.kind, COLOURS[track.kind], row, track.cover, start_s, end_s, pixels)
         if track.kind == "copies":
             exposed = without(track.cover, profile.compute.get(track.device, (np.zeros(0), np.zeros(0))))
-            _add_stretches(fig, EXPOSED, VERMILLION, row, exposed, start_s, end_s, pixels, {"pattern": HATCHED})
+            _add_stretches(fig, EXPOSED, VERMILLION, row, exposed, start_s, end_s, pixels, {"fillpattern": HATCHED})
     _add_launches(fig, profile, rows, start_s, end_s)
     labels = [chart_text(_short(track.name)) for track in tracks]
     fig.update_layout(barmode="overlay", bargap=0, showlegend=False)
@@ -54,7 +55,7 @@ def copy_numbers(profile: Profile) -> str:
         return "no copies between host and device" if profile.compute else "host threads alone, no device in this trace"
     busy, hidden = (1e3 * sum(getattr(x, f) for x in copies) for f in ("busy_s", "hidden_s"))
     share = hidden / busy if busy else 0.0
-    return f"copies {busy:.2f} ms = {hidden:.2f} ms hidden under kernels ({share:.0%}) + {busy - hidden:.2f} ms exposed"
+    return f"copies {busy:.2f} ms = {hidden:.2f} ms under kernels ({share:.0%}) + {busy - hidden:.2f} ms exposed"
 
 
 def shown_tracks(profile: Profile) -> list[Track]:
@@ -75,47 +76,44 @@ def _about(profile: Profile, shown: int) -> str:
     return "; ".join(parts)
 
 
-def _in_sight(track: Track, start_s: float, end_s: float) -> tuple[int, int]:
-    """First and last + 1 of the spans that may reach into view; a long one may begin well before it."""
-    reach = np.maximum.accumulate(track.end_s)
-    return int(np.searchsorted(reach, start_s, side="left")), int(np.searchsorted(track.start_s, end_s, side="right"))
-
-
-def _add_spans(fig: go.Figure, track: Track, row: int, first: int, last: int, start_s: float, end_s: float) -> None:
+def _add_spans(fig: go.Figure, track: Track, row: int, seen: np.ndarray, start_s: float, end_s: float) -> None:
     """One bar a span, named by hovering; within a thread an inner call is thinner than the one that made it."""
-    depth, under_way = [], []  # type: ignore[var-annotated]
-    for i in range(first, last):
+    depth: list[int] = []
+    under_way: list[float] = []
+    for i in seen:
         while under_way and under_way[-1] <= track.start_s[i]:
             under_way.pop()
         depth.append(len(under_way))
         under_way.append(track.end_s[i])
-    begin, end = np.maximum(track.start_s[first:last], start_s), np.minimum(track.end_s[first:last], end_s)
-    names = [track.names[i] for i in track.name_of[first:last]]
-    about = [
-        f"{chart_text(_short(name))}<br>{1e3 * a:.3f} to {1e3 * b:.3f} ms, {1e3 * (b - a):.3f} ms"
-        for name, a, b in zip(names, track.start_s[first:last], track.end_s[first:last], strict=True)
-    ]
     order = np.argsort(depth, kind="stable")  # outer calls first, so that inner ones are drawn over them
-    seen = order[(end > begin)[order] | (track.end_s[first:last] == track.start_s[first:last])[order]]
-    thick = THICKNESS * 0.75 ** np.minimum(np.array(depth, float), 5)
+    thick = THICKNESS * 0.75 ** np.minimum(np.array(depth, float)[order], 5)
+    start, end = 1e3 * track.start_s[seen][order], 1e3 * track.end_s[seen][order]  # ms
+    left = np.maximum(start, 1e3 * start_s)
+    about = [
+        f"{chart_text(_short(track.names[i]))}<br>{a:.3f} to {b:.3f} ms, {b - a:.3f} ms"
+        for i, a, b in zip(track.name_of[seen][order], start, end, strict=True)
+    ]
     line = {"color": "#ffffff", "width": 0.5} if track.kind == "thread" else {"color": COLOURS[track.kind], "width": 1}
     fig.add_bar(
-        name=track.kind, orientation="h", y=np.full(len(seen), row, np.int16), base=1e3 * begin[seen],
-        x=1e3 * (end - begin)[seen], width=thick[seen], hovertext=[about[i] for i in seen], hoverinfo="text",
+        name=track.kind, orientation="h", y=np.full(len(seen), row, np.int16), base=left.round(6),
+        x=(np.minimum(end, 1e3 * end_s) - left).round(6), width=thick.round(3), hovertext=about, hoverinfo="text",
         marker={"color": COLOURS[track.kind], "line": line},
     )  # fmt: skip
 
 
 def _add_stretches(
     fig: go.Figure, name: str, colour: str, row: int, cover: Cover, start_s: float, end_s: float, pixels: int,
-    marker: dict[str, Any] | None = None,
+    fill: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
+    """All stretches of a track as one filled path: the page draws a thousand bars, above all hatched ones, in seconds."""
     start, length, share = busy_stretches(cover, start_s, end_s, pixels)
-    fig.add_bar(
-        name=name, orientation="h", y=np.full(len(start), row, np.int16), base=(1e3 * start).astype(np.float32),
-        x=(1e3 * length).astype(np.float32), width=(THICKNESS * share).astype(np.float32), customdata=share.astype(np.float32),
-        hovertemplate=f"{name}, %{{customdata:.0%}} of %{{x:.3f}} ms from %{{base:.3f}} ms<extra></extra>",
-        marker={"color": colour, "line": {"width": 0}, **(marker or {})},
+    left, right, half = 1e3 * start, 1e3 * (start + length), THICKNESS * share / 2
+    gap = np.full(len(start), np.nan)
+    fig.add_scatter(
+        name=name, x=np.stack([left, right, right, left, gap], axis=1).ravel().astype(np.float32),
+        y=np.stack([row - half, row - half, row + half, row + half, gap], axis=1).ravel().astype(np.float32),
+        mode="lines", line={"width": 0}, fill="toself", fillcolor=colour, hoveron="fills",
+        text=f"{name}: as thick as busy; zoom in for names", hoverinfo="text", **(fill or {}),
     )  # fmt: skip
 
 

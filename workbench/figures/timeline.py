@@ -19,7 +19,7 @@ HATCHED = {"shape": "/", "fillmode": "overlay", "fgcolor": "#ffffff", "solidity"
 OTHER_COLOUR = PINK  # the streams of an imported trace
 ALWAYS = ("compute", "lookup", "stall")  # lanes drawn even when empty: that nothing stalled is worth seeing
 LANE_HEIGHT, LINE_HEIGHT = 46, 17  # pixels
-TITLE_WIDTH = 84  # characters that fit a narrow notebook's column
+TITLE_WIDTH = 88  # characters that fit a narrow notebook's column
 # Beyond these a chart would be slow and large: a lane is drawn by how busy each pixel is, arrows and shades are left out.
 MOST_SPANS, MOST_ARROWS, MOST_SHADES, PIXELS = 400, 300, 100, 800
 

@@ -40,8 +40,8 @@ def hidden_chart(setting: Setting, ways: Sequence[Link | Drive], tokens: Sequenc
     layers = " and ".join(map(str, setting.engram_layers))
     note = f"modelled, virtual clock; {setting.model.title} on {setting.device.title}, Engram layers {layers}"
     framed(fig, "Share of fetching that compute hides, by link or drive", note, HEIGHT_IN_LANES)
-    legend = {"orientation": "h", "x": 0, "y": -0.28, "yanchor": "top", "font": {"size": 11}}
-    return fig.update_layout(legend=legend, margin={"b": 120}, height=fig.layout.height + 72)
+    legend = {"orientation": "h", "x": 0, "y": -0.34, "yanchor": "top", "font": {"size": 11}}
+    return fig.update_layout(legend=legend, margin={"b": 136}, height=fig.layout.height + 88)
 
 
 def _by(setting: Setting, way: Link | Drive) -> Setting:
