@@ -56,7 +56,7 @@ def test_the_alignment_error_follows_from_launches_and_synchronisations(cuda):
     found = cuda.alignment
     assert (found.least_s, found.most_s) == pytest.approx((-20 * US, 5 * US)) and found.in_order
     assert (found.launches, found.synchronisations) == (5, 1) and found.error_s == pytest.approx(20 * US)
-    assert "-20.0 to +5.0 us, by 5 launches and 1 synchronisations" in str(found)
+    assert "-20.0 to +5.0 us, by 5 launches and 1 synchronisation" in str(found)
 
 
 @pytest.mark.parametrize(("shift_us", "off_us"), [(-33, 13), (21, 16)])

@@ -98,7 +98,8 @@ class Alignment:
         return self.least_s <= 0.0 and (self.most_s is None or self.most_s >= 0.0)
 
     def __str__(self) -> str:
-        seen = f"{self.launches:,} launches and {self.synchronisations:,} synchronisations"
+        waits = f"{self.synchronisations:,} synchronisation{'s' * (self.synchronisations != 1)}"
+        seen = f"{self.launches:,} launch{'es' * (self.launches != 1)} and {waits}"
         if not self.in_order:
             off = max(self.least_s, -(self.most_s or 0.0))
             return f"the device's clock is off by at least {1e6 * off:.1f} us, by {seen}; not corrected"

@@ -37,8 +37,8 @@ def hidden_chart(setting: Setting, ways: Sequence[Link | Drive], tokens: Sequenc
     )  # fmt: skip
     fig.update_xaxes(type="log", title="tokens in the chunk" if setting.phase == "prefill" else "sequences decoded together")
     fig.update_yaxes(title="hidden", range=[-0.05, 1.05], tickformat=".0%")
-    layers = " and ".join(map(str, setting.engram_layers))
-    note = f"modelled, virtual clock; {setting.model.title} on {setting.device.title}, Engram layers {layers}"
+    layers = ("layers " if len(setting.engram_layers) > 1 else "layer ") + " and ".join(map(str, setting.engram_layers))
+    note = f"modelled, virtual clock; {setting.model.title} on {setting.device.title}, Engram {layers}"
     framed(fig, "Share of fetching that compute hides, by link or drive", note, HEIGHT_IN_LANES)
     legend = {"orientation": "h", "x": 0, "y": -0.34, "yanchor": "top", "font": {"size": 11}}
     return fig.update_layout(legend=legend, margin={"b": 136}, height=fig.layout.height + 88)

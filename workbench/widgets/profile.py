@@ -68,7 +68,7 @@ def overlap_table(profile: Profile) -> str:
     heads = ("stream or thread", "spans", "busy, ms", "under others, ms", "exposed, ms", "under others", "GB/s")
     rows = []
     for x in profile.overlaps:
-        rate = f"{x.nbytes / x.busy_s / 1e9:.1f}" if x.nbytes and x.busy_s else "–"
+        rate = f"{x.nbytes / x.busy_s / 1e9:.3g}" if x.nbytes and x.busy_s else "–"
         share = f"{x.hidden_fraction:.0%}" if x.busy_s else "–"
         cells = (f"{x.spans:,}", f"{1e3 * x.busy_s:,.3f}", f"{1e3 * x.hidden_s:,.3f}", f"{1e3 * x.exposed_s:,.3f}", share, rate)
         rows.append(f"<tr><th scope='row'>{escape(x.name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
