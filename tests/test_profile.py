@@ -1,6 +1,7 @@
 """Imported profiler traces: copies under compute by stream, the clocks' alignment, and what is no trace at all."""
 
 import copy
+import gc
 import gzip
 import json
 import math
@@ -231,9 +232,12 @@ def set_field(field, value):
     ],
 )
 def test_what_cannot_be_read_is_one_clear_error(data, said):
+    assert gc.isenabled()
     with pytest.raises(InputError, match=said) as caught:
         chrome_trace.loads(data, "mine.json")
-    assert "mine.json" in str(caught.value) and len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    assert (
+        gc.isenabled() and "mine.json" in str(caught.value) and len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    )
 
 
 def test_odd_but_harmless_fields_are_taken_as_they_are():

@@ -111,7 +111,7 @@ def give(widget, name, data, piece=None):
     for index, part in enumerate(parts):
         assert index == 0 or asked[-1] == {"type": "next", "id": "7", "index": index}
         widget.files._heard(None, {"type": "piece", "id": "7", "name": name, "index": index, "count": len(parts)}, [part])
-    eventually(lambda: not widget.files.busy, "the file is read")
+    eventually(lambda: not widget.files.busy, "the file is read", timeout_s=300.0)
 
 
 def title(widget):
@@ -299,3 +299,15 @@ def test_a_setting_that_cannot_be_is_one_line_and_the_charts_stay():
 
 def test_the_script_for_files_stays_small_and_in_the_package():
     assert len(files.TraceFiles._esm) < 5_000
+
+
+def test_file_buttons_are_made_when_asked_for_and_anew_after_closing():
+    widget = OverlapTimeline(TRACE)
+    assert widget._files is None and widget.files_place.children == ()
+    widget.exchange.value = True
+    first = widget.files
+    assert widget.files_place.children == (first,) and first.can_save
+    widget.exchange.value = False
+    assert widget.files_place.children == ()
+    widget.exchange.value = True
+    assert widget.files is not first

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COMPARED_TOKENS, COMPARED_TABLE_BYTES = 4096, 256 * 2**20
 NO_ENGRAM = "This model has no Engram, so there is nothing to look up: choose tiny-v4-engram."
+EXCHANGE = "Import or export a trace"
 WHAT_IF = "Break the overlap (modelled)"
 AHEAD = ("prefetched", "prefetch")  # what an experiment may call its runs with rows fetched ahead
 
@@ -103,7 +104,13 @@ class OverlapTimeline(ipw.VBox):
         self.progress = ipw.FloatProgress(max=1.0, description="Progress", layout=ipw.Layout(visibility="hidden"))
         self.status, self.comparison_view = ipw.HTML(), ipw.Output()
         self.comparison: Any = None
-        self.files = TraceFiles(self._received, self._say, self._to_save)
+        self.exchange = ipw.ToggleButton(
+            description=EXCHANGE,
+            tooltip="Chrome-trace JSON, of this workbench or of torch.profiler",
+            layout=ipw.Layout(width="auto"),
+        )
+        self.files_place = ipw.VBox()
+        self._files: TraceFiles | None = None
         self.break_it = ipw.ToggleButton(
             description=WHAT_IF,
             tooltip="Controls of a modelled forward pass: layer, tokens, link",
@@ -122,12 +129,13 @@ class OverlapTimeline(ipw.VBox):
                 ipw.HBox(measures, layout=wrap),
                 self.status,
                 self.comparison_view,
-                ipw.HBox([self.files, self.break_it], layout=wrap),
+                ipw.HBox([self.exchange, self.files_place, self.break_it], layout=wrap),
                 self.what_if_place,
             ]
         )
         self.start.on_click(self._begin)
         self.stop.on_click(lambda _: self._stop.set())
+        self.exchange.observe(self._open_files, names="value")
         self.break_it.observe(self._open_what_if, names="value")
         self.shown.observe(self._show, names="value")
         self._show()
@@ -178,7 +186,8 @@ class OverlapTimeline(ipw.VBox):
     def _show(self, change: Any = None) -> None:
         self.shown.layout.display = "" if len(self.views) > 1 else "none"
         self.body.children = (self.on_show,)
-        self.files.can_save = isinstance(self.on_show, TimelineView)
+        if self._files is not None:
+            self._files.can_save = isinstance(self.on_show, TimelineView)
 
     def _open_what_if(self, change: Any) -> None:
         if self.what_if is None:
@@ -188,6 +197,20 @@ class OverlapTimeline(ipw.VBox):
         self.what_if_place.children = (self.what_if,) if change["new"] else ()
 
     # -- files ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def files(self) -> TraceFiles:
+        """The two buttons, made when first asked for: a page that is busy starting gives up on small widgets too easily."""
+        if self._files is None:
+            self._files = TraceFiles(self._received, self._say, self._to_save)
+            self._show()
+        return self._files
+
+    def _open_files(self, change: Any) -> None:
+        if not change["new"] and self._files is not None and not self._files.busy:
+            self._files.close()  # so that opening again makes new ones, should these not have started
+            self._files = None
+        self.files_place.children = (self.files,) if change["new"] else ()
 
     def _to_save(self) -> tuple[str, bytes]:
         return "timeline.json", chrome_trace.dumps(self._steps.to_save)
