@@ -26,6 +26,7 @@ PAIRS = 4  # the fastest rotary pairs, which tell near distances apart
 NEAR = 5.3  # length of queries and keys in each of them
 NEAR_KEY, NEAR_QUERY = 1.5, 45.0  # where key and value are one normed vector, and only queries can be long
 SOUGHT = 9.0  # about the logit of a token into which the word was copied; it stands about four deviations above the others
+FOR = 0.5  # makes every index head count in favour of what it finds
 OTHERS = 0.3  # of what else is in the queries and keys of heads that seek
 
 
@@ -98,6 +99,14 @@ def _copy_latent(attention: LatentAttention, words: Tensor, own: slice, copies: 
     for head in range(heads):
         _wire(values[head], slice(0, rank))
         _wire(out[:, head].mT, copies, _copy_gain(latents, slice(0, _length(own)), heads))
+    if attention.kind == "mla-dsa":
+        indexer, half = attention.indexer, attention.rotary // 2
+        there, here = _far_keys_and_queries(rotary, indexer.heads)
+        _answer(indexer.wk.weight[:PAIRS], words, NEAR * there.real)
+        for head, turns in zip(indexer.wq_b.weight.unflatten(0, (indexer.heads, -1)), here, strict=True):
+            _answer(head[:PAIRS], low, NEAR * turns.real)
+            _answer(head[half : half + PAIRS], low, NEAR * turns.imag)
+        indexer.weights_proj.weight[:, :SHARED_CHANNELS] = FOR
 
 
 def _seek_latent(attention: LatentAttention, own: slice, copies: slice) -> None:
@@ -117,7 +126,7 @@ def _seek_latent(attention: LatentAttention, own: slice, copies: slice) -> None:
         _wire(queries[head, :nope], slice(0, channels), gain)
     if attention.kind == "mla-dsa":
         indexer, turning = attention.indexer, attention.rotary
-        indexer.weights_proj.weight[:, :SHARED_CHANNELS] = 0.5  # every head counts in favour
+        indexer.weights_proj.weight[:, :SHARED_CHANNELS] = FOR
         _wire(indexer.wk.weight[turning:], copies)
         for head in indexer.wq_b.weight.unflatten(0, (indexer.heads, -1)):
             _wire(head[turning:], slice(0, channels))
