@@ -15,7 +15,7 @@ from workbench.widgets.session import FINAL_STATES, Session, session_of
 if TYPE_CHECKING:
     from workbench.live import LiveRun
 
-SHIPPED = ("tiny-v4", "tiny-v4-engram")
+SHIPPED = ("tiny-v4", "tiny-v4-engram", "tiny-v41", "tiny-mla-dsa", "tiny-gqa", "tiny-v4-tally")
 MAX_NEW_TOKENS = 4096
 POLICIES = {"look up ahead (prefetch)": "prefetch", "look up when needed (serial)": "serial"}
 WIDE, NARROW = ipw.Layout(width="100%"), ipw.Layout(width="min(100%, 320px)")
