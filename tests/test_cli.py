@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import workbench as wb
+from tests.profiler_traces import cuda_trace
 from tests.synthetic import synthetic_trace
 from workbench import cli, runtime
 from workbench.errors import InputError
@@ -39,6 +40,8 @@ def status_and_error(capsys, *arguments: str) -> tuple[int, str]:
         (["train", "--recipe", "r", "--out", "o", "--fresh", "--resume"], "not allowed with"),
         (["cost", "v5", "--length", "5"], "v4-flash, v4-pro"),
         (["cost", "v4-pro"], "--length"),
+        (["import", "nowhere.json"], "no file 'nowhere.json'"),
+        (["import"], "FILE"),
         (["cost", "v4-pro", "--length", "5x"], "'5x'"),
         (["cost", "v4-pro", "--length", "2M"], "1048576"),
         (["cost", "v4-pro", "--length", "5", "--device", "abacus"], "'abacus'"),
@@ -375,3 +378,20 @@ def test_lab_outside_a_checkout_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, error = status_and_error(capsys, "lab")
     assert status == 2 and "run this from a checkout" in error
+
+
+def test_import_says_how_much_of_each_stream_compute_covered(capsys, tmp_path):
+    path = tmp_path / "cuda.json"
+    path.write_text(json.dumps(cuda_trace()), encoding="utf-8")
+    assert cli.main(["import", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    copies = next(line.split() for line in lines if line.startswith("stream 20: copies"))
+    assert copies[3:] == ["0.150", "0.070", "0.080", "47%"] and "-20.0 to +5.0 us" in lines[-1]
+
+
+def test_import_reads_an_own_export(capsys, tmp_path):
+    timeline = synthetic_trace(23).timeline
+    path = wb.chrome_trace.save(timeline, tmp_path / "own.json.gz")
+    assert cli.main(["import", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(timeline.spans)} spans, recorded on CPU" in printed and f"stall {1e3 * timeline.stall_s:.3f} ms" in printed

@@ -21,7 +21,10 @@ ALLOWED = {
     "devices": set(),
     "sources": set(),
     "weights": set(),
+    "intervals": {"numpy"},
     "trace": {"numpy"},
+    "profile": {"numpy"},
+    "chrome_trace": {"numpy"},
     "cost": {"numpy"},
     "schedule": {"numpy"},
     "measurements": set(),
@@ -43,6 +46,7 @@ NEVER_LOADED = {
     **dict.fromkeys(
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
+            *("intervals", "profile", "chrome_trace"),
             *("measurements", "runtime", "cli"),
         ),
         {"torch", "plotly"},

@@ -44,10 +44,13 @@ _HOME = {
     "WorkbenchError": "errors",
     "InputError": "errors",
 }
-__all__ = sorted([*_HOME, "devices", "presets"])
+_MODULES = ("chrome_trace", "schedule")  # reached as a whole
+__all__ = sorted([*_HOME, *_MODULES, "devices", "presets"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"workbench.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'workbench' has no attribute {name!r}")
     value = getattr(import_module(f"workbench.{_HOME[name]}"), name)
@@ -56,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])

@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--all", action="store_true", help="run every benchmark in turn")
     bench.set_defaults(command=_bench, arguments=[])
 
+    read = commands.add_parser("import", help="read a profiler's or Chrome trace and say what overlapped")
+    read.add_argument("file", type=Path, metavar="FILE", help="what torch.profiler exports (.json, .json.gz), or an own export")
+    read.set_defaults(command=_import)
+
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -248,6 +252,21 @@ def _bench(options: argparse.Namespace) -> int:
         for name, path in files.items():
             about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             print(f"{name:20} {about.partition(chr(10))[0]}".rstrip())
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    """One line a stream or thread of a profiler's trace, or the totals of a timeline; wb.OverlapTimeline(FILE) draws it."""
+    from workbench import chrome_trace
+    from workbench.profile import Profile, overlap_lines
+
+    found = chrome_trace.load(options.file)
+    if isinstance(found, Profile):
+        print("\n".join(overlap_lines(found)))
+    else:
+        stalled, fetched = 1e3 * found.stall_s, 1e3 * found.fetch_s
+        print(f"{len(found.spans):,} spans, {found.origin}{f' on {found.device}' if found.device else ''}; {found.note}")
+        print(f"rows on their way {fetched:,.3f} ms, stall {stalled:,.3f} ms, hidden {found.hidden_fraction:.0%}")
     return 0
 
 

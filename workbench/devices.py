@@ -1,7 +1,7 @@
-"""Accelerators and unified-memory machines: frozen records, each number with its source and how certain it is.
+"""Accelerators, unified-memory machines, and the links and drives that feed them: frozen records, each number with its source.
 
-`devices` is a mapping by name; case, spaces and dashes do not matter ("RTX 4090" is "rtx-4090"). To try a number of your own,
-change a record with ``dataclasses.replace``. Bytes are plain bytes: 80 GB is 80e9.
+`devices`, `links` and `drives` are mappings by name; case, spaces and dashes do not matter ("RTX 4090" is "rtx-4090"). To try
+a number of your own, change a record with ``dataclasses.replace``. Bytes are plain bytes: 80 GB is 80e9.
 """
 
 from __future__ import annotations
@@ -44,6 +44,30 @@ class Device:
         if not hasattr(self, field_name):
             raise InputError(f"device {self.name!r} has no number {number!r}; give one of its fields")
         return self.exceptions.get(number, self.exceptions.get(field_name, self.source))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A way from host memory to the device, per direction; ``effective_bytes_per_s`` is what a large copy is assumed to get."""
+
+    name: str
+    title: str
+    peak_bytes_per_s: float
+    effective_bytes_per_s: float
+    source: Source
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """An SSD that rows are read from, a whole page for each; ``latency_s`` until the first of a batch is there."""
+
+    name: str
+    title: str
+    reads_per_s: float
+    latency_s: float
+    source: Source
+    page_bytes: int = 4096
 
 
 _DATASHEET = Source("vendor's data sheet, from general knowledge (reference/engram-and-overlap.md, section 7)", "published")
@@ -125,3 +149,50 @@ devices: Records[Device] = Records("device", (
     _device("m3-ultra", "Apple M3 Ultra", 512, 0.819, {"bf16": 28}, _BF16, _UNIFIED, _AGREED, note="later sold with 96 GB"),
 ))
 # fmt: on
+
+_PEAK = "peak as specified, effective rate assumed (reference/engram-and-overlap.md, section 3)"
+_LINK, _LINK_DOUBTFUL = Source(_PEAK, "derived"), Source(_PEAK, "uncertain")
+_DRIVE = Source("4 KiB random reads of a fast drive, assumed (reference/engram-and-overlap.md, section 3)", "uncertain")
+
+
+def _link(name: str, title: str, peak_gb: float, effective_gb: float, source: Source = _LINK, note: str = "") -> Link:
+    return Link(
+        name=name,
+        title=title,
+        peak_bytes_per_s=peak_gb * 1e9,
+        effective_bytes_per_s=effective_gb * 1e9,
+        source=source,
+        note=note,
+    )
+
+
+links: Records[Link] = Records(
+    "link",
+    (
+        _link("pcie3", "PCIe 3.0 x16", 15.8, 12),
+        _link("pcie4", "PCIe 4.0 x16", 31.5, 25),
+        _link("pcie5", "PCIe 5.0 x16", 63, 52),
+        _link("nvlink-c2c", "NVLink-C2C", 450, 350, note="as in GH200 and GB200; the host's own memory gives no more"),
+        _link("nvlink-c2c-rubin", "NVLink-C2C of Vera Rubin", 900, 700, _LINK_DOUBTFUL),
+        _link("cxl2", "CXL 2.0 x8", 32, 25, _LINK_DOUBTFUL, note="per host, on top of the link to the device"),
+    ),
+)
+drives: Records[Drive] = Records(
+    "drive",
+    (
+        Drive(name="nvme-gen4", title="NVMe Gen4", reads_per_s=1.0e6, latency_s=80e-6, source=_DRIVE),
+        Drive(name="nvme-gen5", title="NVMe Gen5", reads_per_s=2.5e6, latency_s=65e-6, source=_DRIVE),
+    ),
+)
+
+
+def link_of(device: Device) -> Link | None:
+    """The link a device has to host memory; None where memory is unified. InputError where no rate was found for it."""
+    if device.unified_memory:
+        return None
+    for link in links.values():
+        if link.peak_bytes_per_s == device.host_link_bytes_per_s:
+            return link
+    raise InputError(
+        f"no rate is known for the host link of {device.title} ({device.host_link}); choose one of {', '.join(links)}"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from workbench.errors import InputError
+from workbench.intervals import length, union
 
 Origin = Literal["measured", "modelled", "recorded"]
 FORMAT, VERSION = "workbench-trace", 1
@@ -32,6 +34,7 @@ ROW_VALUES = 2**24  # and a head's rows over all entries together hold at most a
 SELECTING = ("csa", "csa2-full", "csa2-reindex", "csa2-reuse", "mla-dsa")
 INDEXING = ("csa", "csa2-full", "csa2-reindex", "mla-dsa")
 ATTENDING_TO_ALL = ("hca", "mla", "gqa", "mha")
+FETCHING = ("lookup", "transfer")  # lanes on which Engram rows are on their way
 OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own and the one before
 
 
@@ -39,7 +42,7 @@ OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own
 class Span:
     """One piece of work on one lane; times are seconds since the run began."""
 
-    lane: str  # "compute", "transfer", "lookup", "stall", or a stream's name in an imported trace
+    lane: str  # "compute", "transfer", "lookup", "stall", "ids", or a stream's name in an imported trace
     name: str
     step: int
     start_s: float
@@ -75,8 +78,40 @@ class Timeline:
 
     @property
     def hidden_fraction(self) -> float:
-        """1 - stall / lookup, the share of the lookup that compute covered; NaN without any lookup."""
-        return 1.0 - self.stall_s / self.lookup_s if self.lookup_s > 0 else float("nan")
+        """1 - stall / fetch, the share of the fetching that compute covered; NaN without any."""
+        return 1.0 - self.stall_s / self.fetch_s if self.fetch_s > 0 else float("nan")
+
+    @property
+    def fetch_s(self) -> float:
+        """Seconds in which rows were on their way, looked up or copied: ``lookup_s`` where there is no link to cross."""
+        fetching = [s for s in self.spans if s.lane in FETCHING]
+        return length(union(np.array([s.start_s for s in fetching]), np.array([s.end_s for s in fetching])))
+
+    def origins(self) -> list[Origin]:
+        """Of each span. "measured" is what a span says by default, so where none says more the timeline speaks for all."""
+        plain = all(s.origin == "measured" for s in self.spans)
+        return [self.origin if plain else s.origin for s in self.spans]
+
+    def dependencies(self) -> list[tuple[Span, Span]]:
+        """Each span with those it had to wait for, cause first, by the names in ``after``: of a step's spans of that name the
+        last that began no later, or while it lasted (a stall ends with its cause), or one of another step if only one span
+        has the name. Absent names give nothing.
+        """
+        named: dict[Any, list[Span]] = {}
+        for span in sorted(self.spans, key=lambda s: s.start_s):
+            named.setdefault((span.step, span.name), []).append(span)
+            named.setdefault(span.name, []).append(span)
+        pairs = []
+        for span in self.spans:
+            for name in span.after:
+                alone = named.get(name, [])
+                known = named.get((span.step, name)) or (alone if len(alone) == 1 else [])
+                others = [s for s in known if s is not span]
+                place = bisect_right(others, span.start_s, key=lambda s: s.start_s)
+                place = place or bisect_right(others, span.end_s, key=lambda s: s.start_s)
+                if place:
+                    pairs.append((others[place - 1], span))
+        return pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,14 +413,14 @@ def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     manifest["token_texts"] = list(trace.token_texts)
     manifest["layers"] = [{"layer": x.layer, "kind": x.kind, "ratio": x.ratio} for x in trace.layers]
     manifest["engram"] = [{"layer": x.layer} for x in trace.engram]
-    manifest["origin"] = _stored(trace.origin)
+    manifest["origin"] = stored_origin(trace.origin)
     timeline = trace.timeline
-    manifest["timeline"] = {"origin": _stored(timeline.origin), "device": timeline.device, "note": timeline.note}
-    manifest["spans"] = [[s.lane, s.name, s.step, _stored(s.origin), list(s.after)] for s in spans]
+    manifest["timeline"] = {"origin": stored_origin(timeline.origin), "device": timeline.device, "note": timeline.note}
+    manifest["spans"] = [[s.lane, s.name, s.step, stored_origin(s.origin), list(s.after)] for s in spans]
     return arrays, manifest
 
 
-def _stored(origin: Origin) -> Origin:
+def stored_origin(origin: Origin) -> Origin:
     """What a saved measurement is called when it comes back; what was modelled stays modelled."""
     return "modelled" if origin == "modelled" else "recorded"
 
@@ -435,7 +470,7 @@ def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
         engram=tuple(record(EngramTrace, "engram", i, of) for i, of in enumerate(manifest["engram"])),
         timeline=Timeline(spans=spans, **manifest["timeline"]),
         cache_bytes={name[6:]: a for name, a in arrays.items() if name.startswith("cache.")},
-        origin=_stored(manifest["origin"]),
+        origin=stored_origin(manifest["origin"]),
     )
     _check(trace)
     return trace

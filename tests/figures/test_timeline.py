@@ -1,7 +1,15 @@
+import json
+import random
+
+import numpy as np
 import pytest
 
+from workbench.cost.fetch import Setting, engram_models, modelled
+from workbench.devices import devices, drives
 from workbench.figures.timeline import overlap_comparison, overlap_numbers, overlap_timeline
+from workbench.figures.whatif import hidden_chart
 from workbench.trace import Span, Timeline
+from workbench.widgets.render import as_output
 
 SPANS = (
     Span("compute", "layer 0", 0, 0.0, 1e-3),
@@ -82,3 +90,72 @@ def test_a_stall_longer_than_the_lookup_hides_nothing_rather_than_less():
     slow = Timeline("measured", (Span("lookup", "rows", 0, 0.0, 1e-3), Span("stall", "wait", 0, 0.0, 4e-3)))
     assert "none of it hidden: 4.00 ms of stall" in overlap_numbers(slow)
     assert overlap_numbers(Timeline("measured", ())) == "no lookup"
+
+
+def test_a_copy_counts_as_part_of_the_fetch_whose_lanes_may_overlap():
+    spans = (Span("lookup", "a", 0, 0.0, 3e-3), Span("transfer", "b", 0, 2e-3, 4e-3), Span("stall", "c", 0, 3e-3, 4e-3))
+    assert "lookup and copy 4.00 ms = 3.00 ms hidden (75%) + 1.00 ms exposed" in overlap_numbers(Timeline("modelled", spans))
+
+
+SETTING = Setting(model=engram_models["v4.1-flash"], device=devices["h100"], tokens=4096, drive=drives["nvme-gen4"])
+
+
+def test_a_modelled_pass_has_arrows_from_ids_to_hash_to_copy_to_layer():
+    fig = overlap_timeline(modelled(SETTING).timeline, 0, "What if")
+    arrows = lane(fig, "waits for")
+    ways = set(zip(arrows.y[0::3], arrows.y[1::3], strict=True))
+    assert ways == {("ids", "lookup"), ("lookup", "transfer"), ("transfer", "stall"), ("transfer", "compute")}
+    title = fig.layout.title.text.replace("<br>", " ")
+    assert title.startswith("What if: ") and "modelled on H100 SXM (virtual clock)" in title and "rows from NVMe Gen4" in title
+    lookups = lane(fig, "lookup")
+    shapes = {text.split("<br>")[0]: shape for text, shape in zip(lookups.hovertext, lookups.marker.pattern.shape, strict=True)}
+    assert shapes["layer 1 hash"] and not shapes["layer 1 gather"]  # told apart without colour
+
+
+def random_spans(seed):
+    draw = random.Random(seed)
+    for i in range(40):
+        start = draw.random()
+        origin = draw.choice(["measured", "modelled", "recorded"])
+        yield Span(draw.choice(["compute", "lookup", "x"]), f"{origin} {i}", 0, start, start + draw.random(), origin)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("origin", ["measured", "modelled", "recorded"])
+def test_no_lane_holds_spans_of_two_origins(seed, origin):
+    fig = overlap_timeline(Timeline(origin, tuple(random_spans(seed))), 0)
+    bars = [bar for bar in fig.data if bar.type == "bar"]
+    assert sum(len(bar.x) for bar in bars) == 40
+    for bar in bars:
+        origins = {text.split()[0] for text in bar.hovertext}
+        assert len(origins) <= 1
+        assert len(set(bar.y)) <= 1
+        if origins:
+            (own,) = origins
+            assert bar.name.endswith(f"({own})") == (own != origin)
+
+
+def test_a_crowded_step_is_drawn_by_how_busy_each_pixel_is():
+    rng = np.random.default_rng(0)
+    starts = np.sort(rng.uniform(0, 1, 20_000))
+    spans = tuple(Span("compute", f"k{i}", 0, t, t + 1e-5, after=(f"k{i - 1}",)) for i, t in enumerate(starts.tolist()))
+    stalls = tuple(Span("stall", "w", 0, 1e-4 * i, 1e-4 * i + 1e-6) for i in range(5000))
+    fig = overlap_timeline(Timeline("measured", (*spans, *stalls), "CPU"), 0)
+    assert len(json.dumps(as_output(fig))) < 250_000
+    compute = lane(fig, "compute")
+    assert len(compute.x) <= 800 and 0.1 < np.average(compute.width, weights=compute.x) / 0.6 < 0.35  # 18 % is busy
+    assert "busy" in compute.hovertext[0] and "measured" in compute.hovertext[0]
+
+
+def test_lane_names_are_escaped():
+    fig = overlap_timeline(Timeline("recorded", (Span("<a href='x'>", "k", 0, 0.0, 1.0, "recorded"),)), 0)
+    assert fig.layout.yaxis.categoryarray[-1] == "&lt;a href='x'&gt;" == fig.data[-2].y[0]
+
+
+def test_the_hidden_curves_agree_with_the_clock_and_mark_the_setting():
+    fig = hidden_chart(SETTING, [drives["nvme-gen4"], drives["nvme-gen5"]], (1, 64, 4096))
+    gen4 = next(t for t in fig.data if t.name == "NVMe Gen4")
+    here = next(t for t in fig.data if t.name == "this setting")
+    assert gen4.y[-1] == here.y[0] == pytest.approx(modelled(SETTING).hidden_fraction)
+    assert len({t.line.dash for t in fig.data if t.mode == "lines"}) == 2  # told apart without colour
+    assert "modelled" in fig.layout.title.text

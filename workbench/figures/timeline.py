@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from textwrap import wrap
+from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, VERMILLION, chart_text, styled
-from workbench.trace import Span, Timeline
+from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILLION, chart_text, styled
+from workbench.intervals import busy_stretches, union
+from workbench.trace import Origin, Span, Timeline
 
 # A stall is hatched too, so that it can be told without colour.
-LANE_COLOURS = {"compute": BLUE, "lookup": ORANGE, "transfer": GREEN, "stall": VERMILLION}
+LANE_COLOURS = {"ids": SKY, "compute": BLUE, "lookup": ORANGE, "transfer": GREEN, "stall": VERMILLION}
+HATCHED = {"shape": "/", "fillmode": "overlay", "fgcolor": "#ffffff", "solidity": 0.3}
 OTHER_COLOUR = PINK  # the streams of an imported trace
 ALWAYS = ("compute", "lookup", "stall")  # lanes drawn even when empty: that nothing stalled is worth seeing
 LANE_HEIGHT, LINE_HEIGHT = 46, 17  # pixels
-TITLE_WIDTH = 110  # characters that fit a notebook's column
+TITLE_WIDTH = 88  # characters that fit a narrow notebook's column
+# Beyond these a chart would be slow and large: a lane is drawn by how busy each pixel is, arrows and shades are left out.
+MOST_SPANS, MOST_ARROWS, MOST_SHADES, PIXELS = 400, 300, 100, 800
 
 
-def overlap_timeline(timeline: Timeline, step: int) -> go.Figure:
-    """One step: compute, lookup, transfer and stall against milliseconds since the step began.
+def overlap_timeline(timeline: Timeline, step: int, name: str = "") -> go.Figure:
+    """One step, or what ``name`` calls it: compute, lookup, transfer and stall against milliseconds since the step began.
 
     Bars are named by hovering, arrows run to a span from what it had to wait for, and the title says how much of
     the lookup compute hid. Measured and modelled spans never share a lane. A step without spans gives a chart that says so.
@@ -30,7 +36,7 @@ def overlap_timeline(timeline: Timeline, step: int) -> go.Figure:
     if not shown.spans:
         fig.add_annotation(text=f"nothing was timed in step {step}", showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
     fig.update_xaxes(title="ms since the step began")
-    return _framed(fig, f"Step {step}: {overlap_numbers(shown)}", _where(timeline), lanes)
+    return framed(fig, f"{name or f'Step {step}'}: {overlap_numbers(shown)}", _where(timeline), lanes)
 
 
 def overlap_comparison(serial: Timeline, prefetched: Timeline) -> go.Figure:
@@ -49,26 +55,27 @@ def overlap_comparison(serial: Timeline, prefetched: Timeline) -> go.Figure:
         title += f"; of that {spared:.2f} ms are stall it spared, the difference is noise and sharing of cores"
     same = (serial.origin, serial.device) == (prefetched.origin, prefetched.device)
     notes = _where(prefetched) if same else f"serial {_where(serial)} / prefetched {_where(prefetched)}"
-    return _framed(fig, title, notes, lanes + 1)
+    return framed(fig, title, notes, lanes + 1)
 
 
 def overlap_numbers(timeline: Timeline) -> str:
     """How long the lookup took, how much of it compute hid, and how much was exposed as a stall."""
-    lookup, stall = 1e3 * timeline.lookup_s, 1e3 * timeline.stall_s
-    if lookup == 0:
+    fetch, stall = 1e3 * timeline.fetch_s, 1e3 * timeline.stall_s
+    what = "lookup and copy" if any(s.lane == "transfer" for s in timeline.spans) else "lookup"
+    if fetch == 0:
         return "no lookup"
-    if stall > lookup:
-        return f"lookup {lookup:.2f} ms, none of it hidden: {stall:.2f} ms of stall, handing the rows over included"
-    hidden = lookup - stall
-    return f"lookup {lookup:.2f} ms = {hidden:.2f} ms hidden ({hidden / lookup:.0%}) + {stall:.2f} ms exposed as stall"
+    if stall > fetch * (1 + 1e-9):
+        return f"{what} {fetch:.2f} ms, none of it hidden: {stall:.2f} ms of stall, handing the rows over included"
+    hidden = fetch - stall
+    return f"{what} {fetch:.2f} ms = {hidden:.2f} ms hidden ({hidden / fetch:.0%}) + {stall:.2f} ms exposed as stall"
 
 
-def _framed(fig: go.Figure, title: str, note: str, lanes: int) -> go.Figure:
+def framed(fig: go.Figure, title: str, note: str, lanes: int) -> go.Figure:
     """The common frame, as high as its lanes; the note is wrapped, for a chart's title never is."""
     lines = [*wrap(title, TITLE_WIDTH), *wrap(note, TITLE_WIDTH)]
     above, below = 44 + LINE_HEIGHT * len(lines), 48
     styled(fig, "<br>".join(map(chart_text, lines)), height=above + LANE_HEIGHT * lanes + below)
-    at_top = {"y": 1.0, "yanchor": "top", "pad": {"t": 20}}
+    at_top = {"y": 1.0, "yanchor": "top", "x": 0, "xref": "container", "pad": {"t": 20, "l": 4}}
     return fig.update_layout(
         title=at_top, margin={"t": above, "b": below}, hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}}
     )
@@ -77,73 +84,87 @@ def _framed(fig: go.Figure, title: str, note: str, lanes: int) -> go.Figure:
 def _draw(fig: go.Figure, timeline: Timeline, row: int) -> int:
     """Put the lanes of ``timeline`` into one row of ``fig``; returns how many there are."""
     began = min((s.start_s for s in timeline.spans), default=0.0)
-    used = {_lane(span, timeline) for span in timeline.spans}
+    origins, labels = _labelled(timeline)
+    used = set(labels.values())
     lanes: dict[str, list[Span]] = {lane: [] for lane in LANE_COLOURS if lane in used or lane in ALWAYS}
     for span in timeline.spans:
-        lanes.setdefault(_lane(span, timeline), []).append(span)
+        lanes.setdefault(labels[id(span)], []).append(span)
     for label, spans in lanes.items():
         name = spans[0].lane if spans else label
         colour = LANE_COLOURS.get(name, OTHER_COLOUR)
+        bars: dict[str, Any] = {
+            "base": [1e3 * (s.start_s - began) for s in spans],
+            "x": [1e3 * (s.end_s - s.start_s) for s in spans],
+            "width": 0.6,
+            "hovertext": [_hover(s, began, origins[id(s)]) for s in spans],
+        }
+        if len(spans) > MOST_SPANS:
+            bars = _busy(spans, began, max(s.end_s for s in timeline.spans), origins[id(spans[0])])
         fig.add_bar(
             name=label,
-            y=[label] * len(spans),
-            base=[1e3 * (s.start_s - began) for s in spans],
-            x=[1e3 * (s.end_s - s.start_s) for s in spans],
+            y=[chart_text(label)] * len(bars["x"]),
             orientation="h",
-            width=0.6,
-            hovertext=[_hover(s, began, _origin(s, timeline)) for s in spans],
             hoverinfo="text",
             marker={
                 "color": colour,
                 "line": {"color": colour, "width": 1},  # keeps the shortest spans visible
-                "pattern": {
-                    "shape": "/" if name == "stall" else "",
-                    "fillmode": "overlay",
-                    "fgcolor": "#ffffff",
-                    "solidity": 0.3,
-                },
+                "pattern": HATCHED if name == "stall" else _dotted(spans),
             },
+            **bars,
             row=row,
             col=1,
         )
-    for span in (s for s in timeline.spans if s.lane == "stall"):
+    stalls = [s for s in timeline.spans if s.lane == "stall"]
+    for span in stalls if len(stalls) <= MOST_SHADES else ():
         fig.add_vrect(
             x0=1e3 * (span.start_s - began), x1=1e3 * (span.end_s - began), fillcolor=LANE_COLOURS["stall"], opacity=0.15,
             line_width=0, layer="below", row=row, col=1,
         )  # fmt: skip
-    _add_arrows(fig, timeline, began, row)
-    fig.update_yaxes(categoryorder="array", categoryarray=list(lanes), range=[len(lanes) - 0.5, -0.5], row=row, col=1)
+    _add_arrows(fig, timeline, labels, began, row)
+    order = [chart_text(label) for label in lanes]
+    fig.update_yaxes(categoryorder="array", categoryarray=order, range=[len(lanes) - 0.5, -0.5], row=row, col=1)
     fig.update_layout(barmode="overlay", showlegend=False)
     return len(lanes)
 
 
-def _add_arrows(fig: go.Figure, timeline: Timeline, began: float, row: int) -> None:
+def _dotted(spans: list[Span]) -> dict[str, Any]:
+    """Hashing is dotted, so that it can be told from the gathering after it."""
+    if len(spans) > MOST_SPANS:
+        return {"shape": ""}
+    shapes = ["." if span.name.endswith(" hash") else "" for span in spans]
+    return {"shape": shapes, "fillmode": "overlay", "fgcolor": "#ffffff", "size": 5}
+
+
+def _busy(spans: list[Span], began: float, ended: float, origin: Origin) -> dict[str, Any]:
+    """Bars of a lane with too many spans: a column is as thick as it was busy."""
+    cover = union(np.array([s.start_s for s in spans]), np.array([s.end_s for s in spans]))
+    start, length, share = busy_stretches(cover, began, ended, PIXELS)
+    text = [f"busy {part:.0%}, one of {len(spans):,} spans or several, {origin}" for part in share]
+    return {"base": 1e3 * (start - began), "x": 1e3 * length, "width": 0.6 * share, "hovertext": text}
+
+
+def _add_arrows(fig: go.Figure, timeline: Timeline, labels: dict[int, str], began: float, row: int) -> None:
     """A thin arrow from the end of each span to those that had to wait for it."""
     x: list[float | None] = []
     y: list[str | None] = []
-    for span in timeline.spans:
-        for name in span.after:
-            earlier = [s for s in timeline.spans if s.name == name and s.start_s <= span.start_s]
-            cause = max(earlier, key=lambda s: s.start_s, default=None)  # none: it belongs to another step
-            if cause is not None and _lane(cause, timeline) != _lane(span, timeline):  # within a lane the order is plain
-                until = min(max(span.start_s, cause.end_s), span.end_s)  # a stall ends, rather than starts, with its cause
-                x += [1e3 * (cause.end_s - began), 1e3 * (until - began), None]
-                y += [_lane(cause, timeline), _lane(span, timeline), None]
+    pairs = timeline.dependencies()
+    for cause, span in pairs if len(pairs) <= MOST_ARROWS else ():
+        if labels[id(cause)] != labels[id(span)]:  # within a lane the order is plain
+            until = min(max(span.start_s, cause.end_s), span.end_s)  # a stall ends, rather than starts, with its cause
+            x += [1e3 * (cause.end_s - began), 1e3 * (until - began), None]
+            y += [chart_text(labels[id(cause)]), chart_text(labels[id(span)]), None]
     fig.add_scatter(
         name="waits for", x=x, y=y, mode="lines+markers", hoverinfo="skip", line={"color": GREY, "width": 1},
         marker={"symbol": "arrow", "angleref": "previous", "size": [0, 9, 0] * (len(x) // 3), "color": GREY}, row=row, col=1,
     )  # fmt: skip
 
 
-def _origin(span: Span, timeline: Timeline) -> str:
-    """Where a span comes from; "measured" is what a span says by default, so if none says more, the timeline speaks for all."""
-    return timeline.origin if all(s.origin == "measured" for s in timeline.spans) else span.origin
-
-
-def _lane(span: Span, timeline: Timeline) -> str:
-    """A lane's name; spans of another origin than the timeline's get a lane of their own that says so."""
-    origin = _origin(span, timeline)
-    return span.lane if origin == timeline.origin else f"{span.lane} ({origin})"
+def _labelled(timeline: Timeline) -> tuple[dict[int, Origin], dict[int, str]]:
+    """Origin and lane of each span, by id(span); spans of another origin than the timeline's have lanes that say so."""
+    origins = {id(span): origin for span, origin in zip(timeline.spans, timeline.origins(), strict=True)}
+    own = timeline.origin
+    labels = {id(s): s.lane if origins[id(s)] == own else f"{s.lane} ({origins[id(s)]})" for s in timeline.spans}
+    return origins, labels
 
 
 def _hover(span: Span, began: float, origin: str) -> str:

@@ -1,65 +1,56 @@
-"""What hides behind what: one step's lanes, and the same prefill with the lookup serial and prefetched."""
+"""What hides behind what: lanes of a run or any other timeline, imported traces, and a modelled overlap to break."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
 import numpy as np
 
-from workbench.errors import WorkbenchError
+from workbench import chrome_trace
+from workbench.errors import InputError, WorkbenchError
 from workbench.figures.timeline import overlap_comparison, overlap_numbers, overlap_timeline
+from workbench.profile import Profile
 from workbench.trace import Timeline, Trace
+from workbench.widgets.files import TraceFiles
+from workbench.widgets.profile import ProfileView
 from workbench.widgets.render import as_output
 from workbench.widgets.session import Session, session_of
 from workbench.widgets.steps import StepSlider
 
 if TYPE_CHECKING:
-    from workbench.live import LiveRun
+    from workbench.widgets.whatif import OverlapWhatIf
 
 COMPARED_TOKENS, COMPARED_TABLE_BYTES = 4096, 256 * 2**20
 NO_ENGRAM = "This model has no Engram, so there is nothing to look up: choose tiny-v4-engram."
+WHAT_IF = "Break the overlap (modelled)"
+AHEAD = ("prefetched", "prefetch")  # what an experiment may call its runs with rows fetched ahead
 
 # It calls progress(fraction) as it goes on, asks should_stop(), and raises WorkbenchError or returns None when stopped.
 Compare = Callable[..., tuple[Timeline, Timeline] | None]
 
 
-class OverlapTimeline(ipw.VBox):
-    """A step slider over one timeline, and a button that measures a prefill with and without looking up ahead.
+class TimelineView(ipw.VBox):
+    """One step of a session's timeline, a slider over the steps, and the totals of the whole run."""
 
-    ``compare(progress=..., should_stop=...)`` returns the serial and the prefetched Timeline; by default the model of the run
-    is measured. ``figure`` and ``comparison`` are the charts last drawn.
-    """
-
-    def __init__(self, source: LiveRun | Trace | Timeline | Session, compare: Compare | None = None) -> None:
-        self.session = Session(_trace_of(source)) if isinstance(source, Timeline) else session_of(source)
-        self.step = StepSlider(self.session)
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.step = StepSlider(session)
         self.view, self.numbers = ipw.Output(), ipw.HTML()
-        self.start = ipw.Button(
-            description="Compare serial / prefetched",
-            tooltip="Measure one prefill twice: rows looked up when needed, and ahead of need",
-            layout=ipw.Layout(width="auto"),
-        )
-        self.stop = ipw.Button(description="Stop comparing", tooltip="Stop the comparison", disabled=True)
-        self.progress = ipw.FloatProgress(max=1.0, description="Progress", layout=ipw.Layout(visibility="hidden"))
-        self.status, self.comparison_view = ipw.HTML(), ipw.Output()
-        self.comparison: Any = None
-        self._comparer = compare
-        self._stop = threading.Event()
+        self.figure: Any = None
         self._drawn: tuple[Any, ...] = ()
-        buttons = ipw.HBox([self.start, self.stop, self.progress], layout=ipw.Layout(flex_flow="row wrap"))
-        super().__init__([self.step, self.view, self.numbers, buttons, self.status, self.comparison_view])
-        self.start.on_click(self._begin)
-        self.stop.on_click(lambda _: self._stop.set())
-        self.session.observe(self._redraw, names=["trace", "step"])
+        super().__init__([self.step, self.view, self.numbers])
+        session.observe(self._redraw, names=["trace", "step"])
         self._redraw()
 
     @property
-    def timeline(self) -> Timeline:
-        return self.session.trace.timeline
+    def to_save(self) -> Timeline | Trace:
+        trace = self.session.trace
+        return trace if trace.cache_bytes else trace.timeline
 
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
@@ -71,7 +62,163 @@ class OverlapTimeline(ipw.VBox):
             self.view.outputs = (as_output(self.figure),)
             self.numbers.value = f"<p>{escape(_run_numbers(trace))}</p>"
 
+
+class ComparisonView(ipw.VBox):
+    """A serial and a prefetched run on one axis, and what an experiment says of them."""
+
+    def __init__(self, serial: Timeline, prefetched: Timeline, numbers: str = "") -> None:
+        self.figure = overlap_comparison(serial, prefetched)
+        self.view, self.numbers = ipw.Output(), ipw.HTML(f"<p>{escape(numbers)}</p>" if numbers else "")
+        self.view.outputs = (as_output(self.figure),)
+        super().__init__([self.view, self.numbers])
+
+
+class OverlapTimeline(ipw.VBox):
+    """Timelines of any source, one at a time; buttons to compare, import, export, and to break a modelled overlap.
+
+    ``source``: a LiveRun, Trace or Session; a Timeline or what has one, such as a Schedule; what has several in ``timelines``,
+    such as the result of an overlap experiment; an imported Profile; or the path of a Chrome trace. Imported files join the
+    menu ``shown``. ``compare(progress=..., should_stop=...)`` returns the serial and the prefetched Timeline; by default the
+    model of the run is measured. ``figure`` and ``comparison`` are the charts last drawn.
+    """
+
+    def __init__(self, source: Any, compare: Compare | None = None) -> None:
+        self.session: Session | None = None
+        self.views: dict[str, Any] = {}
+        for name, of in _sources(source).items():
+            self.views[name] = self._view_of(of)
+        self.shown = ipw.Dropdown(
+            options=list(self.views),
+            description="Show",
+            tooltip="What is drawn",
+            layout=ipw.Layout(width="min(100%, 420px)"),
+        )
+        self.body = ipw.VBox()
+        self.start = ipw.Button(
+            description="Compare serial / prefetched",
+            tooltip="Measure one prefill twice: rows looked up when needed, and ahead of need",
+            layout=ipw.Layout(width="auto"),
+        )
+        self.stop = ipw.Button(description="Stop comparing", tooltip="Stop the comparison", disabled=True)
+        self.progress = ipw.FloatProgress(max=1.0, description="Progress", layout=ipw.Layout(visibility="hidden"))
+        self.status, self.comparison_view = ipw.HTML(), ipw.Output()
+        self.comparison: Any = None
+        self.files = TraceFiles(self._received, self._say, self._to_save)
+        self.break_it = ipw.ToggleButton(
+            description=WHAT_IF,
+            tooltip="Controls of a modelled forward pass: layer, tokens, link",
+            layout=ipw.Layout(width="auto"),
+        )
+        self.what_if: OverlapWhatIf | None = None
+        self.what_if_place = ipw.VBox()
+        self._comparer = compare
+        self._stop = threading.Event()
+        wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
+        measures: list[Any] = [self.start, self.stop, self.progress] if self.session is not None else []
+        super().__init__(
+            [
+                self.shown,
+                self.body,
+                ipw.HBox(measures, layout=wrap),
+                self.status,
+                self.comparison_view,
+                ipw.HBox([self.files, self.break_it], layout=wrap),
+                self.what_if_place,
+            ]
+        )
+        self.start.on_click(self._begin)
+        self.stop.on_click(lambda _: self._stop.set())
+        self.break_it.observe(self._open_what_if, names="value")
+        self.shown.observe(self._show, names="value")
+        self._show()
+
+    # -- what is on show ------------------------------------------------------------------------------------------------
+
+    @property
+    def on_show(self) -> Any:
+        """The view chosen in ``shown``."""
+        return self.views[self.shown.value]
+
+    @property
+    def figure(self) -> Any:
+        return self.on_show.figure
+
+    @property
+    def step(self) -> StepSlider:
+        return self._steps.step
+
+    @property
+    def numbers(self) -> ipw.HTML:
+        return self._steps.numbers
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._steps.session.trace.timeline
+
+    @property
+    def _steps(self) -> TimelineView:
+        """The view with steps that is on show, or the first there is."""
+        views = [self.on_show, *self.views.values()]
+        found = next((view for view in views if isinstance(view, TimelineView)), None)
+        if found is None:
+            raise InputError("only an imported profiler trace is shown, and that has no steps")
+        return found
+
+    def _view_of(self, of: Any) -> Any:
+        if isinstance(of, Profile):
+            return ProfileView(of)
+        if isinstance(of, tuple):
+            return ComparisonView(*of)
+        if isinstance(of, Timeline):
+            return TimelineView(Session(_trace_of(of)))
+        session = session_of(of)
+        self.session = session
+        return TimelineView(session)
+
+    def _show(self, change: Any = None) -> None:
+        self.shown.layout.display = "" if len(self.views) > 1 else "none"
+        self.body.children = (self.on_show,)
+        self.files.can_save = isinstance(self.on_show, TimelineView)
+
+    def _open_what_if(self, change: Any) -> None:
+        if self.what_if is None:
+            from workbench.widgets.whatif import OverlapWhatIf
+
+            self.what_if = OverlapWhatIf()
+        self.what_if_place.children = (self.what_if,) if change["new"] else ()
+
+    # -- files ------------------------------------------------------------------------------------------------------------
+
+    def _to_save(self) -> tuple[str, bytes]:
+        return "timeline.json", chrome_trace.dumps(self._steps.to_save)
+
+    def _received(self, name: str, data: bytes) -> None:
+        self.files.busy = True
+        self._say(f"Reading {name}…")
+        threading.Thread(target=self._read, args=(name, data), name="workbench-import", daemon=True).start()
+
+    def _read(self, name: str, data: bytes) -> None:
+        try:
+            view = self._view_of(chrome_trace.loads(data, name))
+            title, number = name, 1
+            while title in self.views:
+                number += 1
+                title = f"{name} ({number})"
+            self.views[title] = view
+            self.shown.options = list(self.views)  # which puts the first on show
+            self.shown.value = title
+            self._say(f"Imported {name}.")
+        except WorkbenchError as error:
+            self._say(f"{error}.")
+        except Exception as error:  # the button must come back, and the reader must see why
+            self._say(f"{name} could not be read ({type(error).__name__}: {error})")
+        finally:
+            self.files.busy = False
+
+    # -- the comparison -----------------------------------------------------------------------------------------------------
+
     def _begin(self, _: ipw.Button) -> None:
+        assert self.session is not None  # the button is there only with a session
         run, compare = self.session.run, self._comparer
         if compare is None:
             if run is None:
@@ -96,7 +243,7 @@ class OverlapTimeline(ipw.VBox):
             serial, prefetched = pair
             self.comparison = overlap_comparison(serial, prefetched)
             self.comparison_view.outputs = (as_output(self.comparison),)
-            self._say(f"Compared. {_own_lookup(self.session.trace)}")
+            self._say(f"Compared. {_own_lookup(self.session.trace) if self.session else ''}")
         except WorkbenchError as error:
             self._say(str(error))
         except Exception as error:  # the button must come back, and the reader must see why
@@ -110,6 +257,41 @@ class OverlapTimeline(ipw.VBox):
 
     def _say(self, text: str) -> None:
         self.status.value = f"<div role='status' aria-live='polite'>{escape(text)}</div>"
+
+
+def _sources(source: Any) -> dict[str, Any]:
+    """Name -> what a view is made of: a session's source, a Timeline, a Profile, or (serial, prefetched, numbers)."""
+    if isinstance(source, str | Path):
+        return {Path(source).name: chrome_trace.load(source)}
+    if isinstance(source, Profile):
+        return {source.name: source}
+    if isinstance(source, Timeline):
+        return {"timeline": source}
+    if hasattr(source, "timelines"):
+        named = dict(_named(source.timelines))
+        if not named or not all(isinstance(timeline, Timeline) for timeline in named.values()):
+            raise InputError(f"timelines must hold Timelines, {type(source).__name__} has {named!r:.80}")
+        ahead = next((named[name] for name in AHEAD if name in named), None)
+        if "serial" in named and ahead is not None:
+            return {"serial against prefetched": (named["serial"], ahead, _fractions(source)), **named}
+        return named
+    if not isinstance(source, Trace) and isinstance(getattr(source, "timeline", None), Timeline):
+        return {"timeline": source.timeline}
+    return {"this run": source}
+
+
+def _named(timelines: Any) -> Iterable[tuple[str, Any]]:
+    """Timelines by name; those in a plain sequence, or one alone, by number."""
+    if isinstance(timelines, Mapping):
+        return ((str(name), timeline) for name, timeline in timelines.items())
+    several = [timelines] if isinstance(timelines, Timeline) else list(timelines)
+    return ((f"{i}, {getattr(timeline, 'origin', '')}", timeline) for i, timeline in enumerate(several, start=1))
+
+
+def _fractions(result: Any) -> str:
+    parts = {"hidden, 1 - stall / lookup": "hidden_fraction", "saved, of what could be": "saved_fraction"}
+    found = {text: getattr(result, name, None) for text, name in parts.items()}
+    return "; ".join(f"{text}: {value:.0%}" for text, value in found.items() if isinstance(value, int | float))
 
 
 def _compare_prefill(model: Any) -> Compare:
@@ -132,7 +314,7 @@ def _trace_of(timeline: Timeline) -> Trace:
 
 
 def _run_numbers(trace: Trace) -> str:
-    if not trace.timeline.lookup_s:
+    if not trace.timeline.fetch_s:
         return NO_ENGRAM if trace.config and not trace.config.get("engram_layer_ids") else "Nothing was looked up."
     return f"Whole run, {trace.steps} steps: {overlap_numbers(trace.timeline)}."
 
