@@ -337,7 +337,7 @@ class Recorder:
         name = f"layer {lookup.layer}"
         if not self._ids_noted:  # once a step: the lookups of all layers start from them
             self._ids_noted = True
-            self._span("token ids", "token ids", lookup.ids_from_s, lookup.asked_s)
+            self._span("ids", "token ids", lookup.ids_from_s, lookup.asked_s)
         self._span("lookup", f"{name} hash", lookup.started_s, lookup.hashed_s, after=("token ids",))
         self._span("lookup", f"{name} gather", lookup.gather_from_s, lookup.gathered_s, after=(f"{name} hash",))
         last, there, free = f"{name} gather", lookup.gathered_s, lookup.wait_to_s

@@ -38,7 +38,7 @@ def test_every_block_and_every_lookup_has_its_spans(measured):
         names = [(span.lane, span.name) for span in timeline.spans if span.lane != "stall"]
         wanted = [("compute", f"layer {n}") for n in range(4)]
         wanted += [("lookup", f"layer {n} {what}") for n in ENGRAM.layer_ids for what in ("hash", "gather")]
-        wanted += [("token ids", "token ids")]
+        wanted += [("ids", "token ids")]
         assert sorted(names) == sorted(wanted)
 
 

@@ -81,7 +81,7 @@ class HostExecutor:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._matrix: Tensor | None = None
-        self._products = 0
+        self._product_s = 0.0  # of one matrix product
 
     @property
     def label(self) -> str:
@@ -106,10 +106,13 @@ class HostExecutor:
         is nothing to copy."""
         return None
 
-    def receive(self, slot: Slot, nbytes: int) -> Tensor:
-        """In the thread that computes: the rows' bytes [nbytes], ready for what it does next."""
+    def arrival(self, slot: Slot, nbytes: int) -> Tensor:
+        """In the worker: the bytes [nbytes] that compute will read once ``receive`` has been called."""
         assert slot.host is not None
         return slot.host[:nbytes]
+
+    def receive(self, slot: Slot) -> None:
+        """In the thread that computes: what it does next may read the rows."""
 
     def done(self, slot: Slot) -> None:
         """In the thread that computes: whatever it asked for up to now may still read the rows, nothing later will."""
@@ -120,8 +123,8 @@ class HostExecutor:
 
     # -- compute windows of an experiment --------------------------------------------------------------------------------
 
-    def prepare(self, window_s: float) -> None:
-        """Find how much work fills a window on this machine now."""
+    def prepare(self) -> None:
+        """Find out how fast this machine multiplies matrices now."""
         side = MATRIX["cpu"]
         self._matrix = torch.rand(side, side)
         self.multiply(20)
@@ -130,7 +133,11 @@ class HostExecutor:
             start = time.perf_counter()
             self.multiply(20)
             rates.append((time.perf_counter() - start) / 20)
-        self._products = max(1, round(window_s / sorted(rates)[2]))
+        self._product_s = sorted(rates)[2]
+
+    def _products_in(self, window_s: float) -> int:
+        """How many products fill a window; the same number every time."""
+        return max(1, round(window_s / self._product_s))
 
     def multiply(self, products: int) -> None:
         assert self._matrix is not None
@@ -140,7 +147,7 @@ class HostExecutor:
     def block(self, window_s: float) -> Any:
         """Compute for one window; a mark that ``times`` reads."""
         start = time.perf_counter()
-        self.multiply(self._products)
+        self.multiply(self._products_in(window_s))
         return start, time.perf_counter()
 
     def mark(self) -> Any:
@@ -162,8 +169,8 @@ class EmulatedDevice(HostExecutor):
 
     name = "emulated"
 
-    def prepare(self, window_s: float) -> None:
-        pass
+    def prepare(self) -> None:
+        """A wait needs no preparation."""
 
     def block(self, window_s: float) -> Any:
         start = time.perf_counter()
@@ -226,12 +233,15 @@ class CudaExecutor(HostExecutor):
         slot.copy = (began, ready, anchor)
         return slot.copy
 
-    def receive(self, slot: Slot, nbytes: int) -> Tensor:
+    def arrival(self, slot: Slot, nbytes: int) -> Tensor:
+        assert slot.device is not None
+        return slot.device[:nbytes]
+
+    def receive(self, slot: Slot) -> None:
         assert slot.device is not None
         stream = self.cuda.current_stream(self.device)
         stream.wait_event(slot.copy[1])  # recorded before the worker said it was done: an unrecorded event would not be waited for
         slot.device.record_stream(stream)
-        return slot.device[:nbytes]
 
     def done(self, slot: Slot) -> None:
         event = self._event()
@@ -261,7 +271,7 @@ class CudaExecutor(HostExecutor):
         """How far times of the device may be off on the host's clock."""
         return self._anchored()[2]
 
-    def prepare(self, window_s: float) -> None:
+    def prepare(self) -> None:
         side = MATRIX["cuda"]
         self._matrix = torch.rand(side, side, device=self.device, dtype=torch.bfloat16)
         self.multiply(20)
@@ -269,11 +279,11 @@ class CudaExecutor(HostExecutor):
         start = time.perf_counter()
         self.multiply(20)
         self.finish()
-        self._products = max(1, round(20 * window_s / (time.perf_counter() - start)))
+        self._product_s = (time.perf_counter() - start) / 20
 
     def block(self, window_s: float) -> Any:
         marks = self._stamp()
-        self.multiply(self._products)
+        self.multiply(self._products_in(window_s))
         return marks[0], self._stamp()[0], marks[1]
 
     def mark(self) -> Any:

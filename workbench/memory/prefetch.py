@@ -220,7 +220,6 @@ class Fetch:
         self._asked_s = time.perf_counter()
         self._ids_from_s = self._asked_s if ids_from_s is None else ids_from_s
         self._slot: Slot | None = None
-        self._nbytes = 0
         self._lookup: Lookup | None = None
         self._error: BaseException | None = None
         self._received = False
@@ -232,6 +231,11 @@ class Fetch:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``result`` will not have to wait."""
+        return self._lookup is not None or self._error is not None
 
     def result(self) -> Lookup:
         """The rows, waited for; how long compute stood still is noted.
@@ -276,8 +280,8 @@ class Fetch:
         if self._error is not None:
             raise self._error
         assert self._lookup is not None and self._slot is not None
-        memory = crew.executor.receive(self._slot, self._nbytes)
-        return replace(self._lookup, memory=_as_memory(memory, self._lookup.rows, self._source))
+        crew.executor.receive(self._slot)
+        return self._lookup
 
     def _late(self) -> str:
         if self.state == "waits for a buffer":
@@ -311,15 +315,17 @@ class Fetch:
                 hashed = time.perf_counter()
                 slot = crew.take(self, timeout_s)
                 if slot is not None:
-                    self._nbytes = rows.numel() * self._source.width * self._source.dtype.itemsize
-                    host = crew.executor.room(slot, self._nbytes)
+                    width, dtype = self._source.width, self._source.dtype
+                    nbytes = rows.numel() * width * dtype.itemsize
+                    out = crew.executor.room(slot, nbytes).view(dtype).view(-1, width)
                     gather_from = time.perf_counter()
-                    out = host.view(self._source.dtype).view(rows.numel(), self._source.width)
                     self._source.gather(rows.flatten(), out=out)
                     gathered = time.perf_counter()
-                    copy = crew.executor.send(slot, self._nbytes)
+                    copy = crew.executor.send(slot, nbytes)
+                    # Made here and not by the layer, which may be waiting.
+                    memory = crew.executor.arrival(slot, nbytes).view(dtype).view(*rows.shape[:-1], rows.shape[-1] * width)
                     times = (self._ids_from_s, self._asked_s, started, hashed, gather_from, gathered)
-                    lookup = Lookup(self.layer, self.policy, rows, out, *times, copy=copy, executor=crew.executor)
+                    lookup = Lookup(self.layer, self.policy, rows, memory, *times, copy=copy, executor=crew.executor)
         except BaseException as failure:  # whatever it is, it is for the layer to tell
             error = failure
             if not isinstance(failure, Exception) and threading.current_thread() is not crew.thread:
@@ -360,11 +366,6 @@ class Fetch:
                     crew.executor.done(slot)
                 crew.give(slot)
             crew.moved()
-
-
-def _as_memory(raw: Tensor, rows: Tensor, source: RowSource) -> Tensor:
-    """Bytes [n * width * itemsize] -> [B, T, R * width] in the source's dtype, no copy."""
-    return raw.view(source.dtype).view(*rows.shape[:-1], rows.shape[-1] * source.width)
 
 
 class RowFetcher:
