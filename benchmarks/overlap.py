@@ -106,7 +106,9 @@ def plain(result: OverlapResult) -> dict[str, Any]:
 
 
 def plain_grid(grid: OverlapGrid) -> dict[str, Any]:
-    points = [{k: v for k, v in asdict(p).items() if k != "rounds_ms"} | {"relative_error": p.relative_error} for p in grid.points]
+    points = [
+        {k: v for k, v in asdict(p).items() if k != "rounds_ms"} | {"relative_error": p.relative_error} for p in grid.points
+    ]
     return {
         "points": [{k: (None if v != v else v) for k, v in p.items()} for p in points],  # no NaN in JSON
         "failing": len(grid.failing),

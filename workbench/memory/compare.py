@@ -15,7 +15,8 @@ from torch import Tensor
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.memory.executors import NAMES, executor_name
-from workbench.memory.prefetch import RowFetcher, RowSource
+from workbench.memory.prefetch import RowFetcher
+from workbench.memory.rows import RowSource
 from workbench.model.language_model import LanguageModel
 from workbench.recorder import Recorder
 from workbench.runtime import device_name, threads_for_run, use_threads

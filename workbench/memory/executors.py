@@ -208,6 +208,9 @@ class CudaExecutor(HostExecutor):
     def _new_device(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
+    def _used_on(self, tensor: Tensor, stream: Any) -> None:
+        tensor.record_stream(stream)
+
     def _copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
@@ -240,8 +243,9 @@ class CudaExecutor(HostExecutor):
     def receive(self, slot: Slot) -> None:
         assert slot.device is not None
         stream = self.cuda.current_stream(self.device)
-        stream.wait_event(slot.copy[1])  # recorded before the worker said it was done: an unrecorded event would not be waited for
-        slot.device.record_stream(stream)
+        # The worker recorded this event before it said it was done: one not recorded yet would not be waited for.
+        stream.wait_event(slot.copy[1])
+        self._used_on(slot.device, stream)
 
     def done(self, slot: Slot) -> None:
         event = self._event()

@@ -1,7 +1,7 @@
 """When does compute hide the lookup? Four runs of the same work in turn, and a grid of stalls predicted and then measured.
 
-A run is a row of compute blocks with Engram lookups in front of some of them, ``RowFetcher`` fetching the rows as in a model; it
-ends when the last of these layers has its rows. Every chart names the executor: who computed.
+A run is a row of compute blocks with Engram lookups in front of some of them, ``RowFetcher`` fetching the rows as in a model;
+the run ends when the last of these layers has its rows. Every chart names the executor: who computed.
 (reference/engram-and-overlap.md, sections 3, 4.6 and 5)
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.memory.executors import EXECUTORS, NAMES, HostExecutor, executor_named
-from workbench.memory.prefetch import Lookup, RowFetcher, TableSource
+from workbench.memory.prefetch import Lookup, RowFetcher
+from workbench.memory.rows import TableSource
 from workbench.runtime import size_text, threads_for_run, use_threads
 from workbench.trace import Span, Timeline
 
@@ -204,7 +205,8 @@ def _modelled(rows: int, window_ms: float, layers: tuple[int, ...]) -> OverlapRe
     blocks = [window_ms / 1e3] * max(layers) + [0.0]
     fetches = [Fetch(layer=n, hash_s=rows * MODELLED_HASH_S, gather_s=rows * MODELLED_ROW_S) for n in layers]
     about = f"modelled rows at {1e9 * MODELLED_ROW_S:g} ns each and {1e9 * MODELLED_HASH_S:g} ns to hash"
-    timelines, totals = {}, {}
+    timelines: dict[str, Timeline] = {}
+    totals: dict[str, tuple[float, ...]] = {}
     for name, policy in zip(RUNS, ("resident", "prefetch", "serial", "prefetch"), strict=True):
         note = f"{name}; executor {NAMES['modelled']}; windows of {window_ms:g} ms, {rows:,} rows a lookup; {about}"
         found = plan([0.0] * len(blocks) if name == "lookup-only" else blocks, fetches, policy)  # type: ignore[arg-type]
@@ -238,7 +240,7 @@ class Lab:
         self.fetcher.close()
 
     def hash_rows(self, count: int) -> Callable[[], Tensor]:
-        """A hash of ``count`` fresh random n-grams to row numbers [count, 1], as costly as Engram's: XOR of products, modulo."""
+        """Hashes ``count`` fresh random n-grams to row numbers [count, 1], at Engram's cost: XOR of products, modulo."""
         ids = torch.from_numpy(self._draw.integers(0, 2**31, count + 1))
 
         def work() -> Tensor:

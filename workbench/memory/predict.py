@@ -317,9 +317,7 @@ def _median(values: Any) -> float:
     return statistics.median(values)
 
 
-def _check(
-    rows: Sequence[int] | None, windows_ms: Sequence[float], contentions: Sequence[Contention], rounds: int
-) -> None:
+def _check(rows: Sequence[int] | None, windows_ms: Sequence[float], contentions: Sequence[Contention], rounds: int) -> None:
     if rows is not None and (not rows or not all(isinstance(n, int) and n > 0 for n in rows)):
         raise InputError(f"rows must be positive whole numbers, one at least, got {rows!r}")
     if not windows_ms or not all(isinstance(w, int | float) and 0 < w <= MOST_WINDOW_MS for w in windows_ms):

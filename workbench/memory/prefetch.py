@@ -18,15 +18,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.memory.executors import Copied, HostExecutor, Slot, executor_for
-from workbench.runtime import available_bytes, size_text
+from workbench.memory.rows import RowSource
 
 Policy = Literal["prefetch", "serial", "resident"]
 POLICIES = ("prefetch", "serial", "resident")
@@ -35,56 +34,6 @@ DEPTH = 2  # lookups that may be gathered and not yet used
 BUFFER_BYTES = 2**20  # of each buffer at first
 TIMEOUT_S = 60.0  # without any progress, until a layer gives up on its rows
 IDLE_S = 5.0  # a worker without work ends after so long, and a new one is made when there is some
-CHUNK_ROWS = 2**16
-
-
-class RowSource(Protocol):
-    """Rows [rows, width] on the host. ``in_memory`` says that reading them cannot block on a disk."""
-
-    width: int
-    in_memory: bool
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Row numbers [n] -> values [n, width], into ``out`` where given; without it autograd may follow."""
-
-    def resident(self, device: torch.device) -> Tensor:
-        """All rows, on ``device``."""
-
-
-class TableSource:
-    """A ``wb.EngramTable``, or anything with its ``rows``, ``width`` and ``gather(row_ids, out=None)``, as a RowSource."""
-
-    in_memory = False
-
-    def __init__(self, table: Any) -> None:
-        missing = [name for name in ("rows", "width", "gather") if not hasattr(table, name)]
-        if missing:
-            raise InputError(f"a table needs rows, width and gather(row_ids, out), {type(table).__name__} lacks {missing}")
-        self.table, self.rows, self.width = table, int(table.rows), int(table.width)
-        self.dtype = torch.from_numpy(table.gather(np.zeros(0, np.int64))).dtype
-        self.in_memory = bool(getattr(table, "in_memory", False))
-        self._resident: Tensor | None = None
-
-    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        values = self.table.gather(rows.numpy(), out=None if out is None else out.numpy())
-        return out if out is not None else torch.from_numpy(values)
-
-    def resident(self, device: torch.device) -> Tensor:
-        """Raises InputError for a table that fills more than half of the device's free memory."""
-        if self._resident is None or self._resident.device != device:
-            self._resident = None
-            nbytes = self.rows * self.width * self.dtype.itemsize
-            if nbytes > available_bytes(device) / 2:
-                raise InputError(f"a table of {size_text(nbytes)} does not fit on {device}; use prefetch='prefetch' or 'serial'")
-            held = torch.empty(self.rows, self.width, dtype=self.dtype, device=device)
-            for first in range(0, self.rows, CHUNK_ROWS):
-                rows = torch.arange(first, min(self.rows, first + CHUNK_ROWS))
-                held[first : first + len(rows)] = self.gather(rows).to(device)
-            self._resident = held
-        return self._resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +81,21 @@ class _Crew:
             executor.allocate(slot, buffer_bytes)
         self.thread: threading.Thread | None = None
         self.retired = self.closed = False
-        self.beat_s = time.perf_counter()  # when anything last moved
+        self.starved = False  # the worker waits for a buffer
+        self.read_s = self.given_s = time.perf_counter()  # when the worker last began or ended a read, and a buffer came back
 
-    def moved(self) -> None:
-        self.beat_s = time.perf_counter()
-        self.changed.notify_all()
+    @property
+    def moved_s(self) -> float:
+        """When what a layer waits for last moved."""
+        return max(self.read_s, self.given_s) if self.starved else self.read_s
 
     def submit(self, fetch: Fetch) -> None:
         with self.changed:
             self.queue.append(fetch)
             if self.thread is None:
-                self.thread = threading.Thread(target=_serve, args=(self,), name="engram-rows", daemon=True)
-                self.thread.start()
+                thread = threading.Thread(target=_serve, args=(self,), name="engram-rows", daemon=True)
+                thread.start()
+                self.thread = thread
             self.changed.notify_all()
 
     def retire(self, *, close: bool = False) -> None:
@@ -160,23 +112,26 @@ class _Crew:
     def take(self, fetch: Fetch, timeout_s: float | None = None) -> Slot | None:
         """A free buffer, waited for if need be; None when the fetch is not wanted any more or the ring was closed."""
         with self.changed:
+            working = threading.current_thread() is self.thread
             since = time.perf_counter()
-            fetch.state = "waits for a buffer"
+            fetch.state, self.starved = "waits for a buffer", working or self.starved
             while not self.free and not fetch.released and not self.closed:
-                left = None if timeout_s is None else max(since, self.beat_s) + timeout_s - time.perf_counter()
+                left = None if timeout_s is None else max(since, self.given_s) + timeout_s - time.perf_counter()
                 if left is not None and left <= 0:
                     raise WorkbenchError(f"all {self.depth} staging buffers have been in use for {timeout_s:g} s")
                 self.changed.wait(left)
+            if working:
+                self.starved, self.read_s = False, time.perf_counter()
             if fetch.released or self.closed:
                 return None
             fetch.state = "reads"
-            self.moved()
             return self.free.pop()
 
     def give(self, slot: Slot) -> None:
         with self.changed:
             self.free.append(slot)
-            self.moved()
+            self.given_s = time.perf_counter()
+            self.changed.notify_all()
 
 
 def _serve(crew: _Crew) -> None:
@@ -272,7 +227,7 @@ class Fetch:
         with crew.changed:
             since = time.perf_counter()
             while self._lookup is None and self._error is None:
-                left = max(since, crew.beat_s) + self._timeout_s - time.perf_counter()
+                left = max(since, crew.moved_s) + self._timeout_s - time.perf_counter()
                 if left <= 0:
                     crew.retire()  # its thread may never come back; the next lookup gets another
                     raise WorkbenchError(self._late())
@@ -308,6 +263,7 @@ class Fetch:
         crew = self._crew
         assert crew is not None
         slot, lookup, error = None, None, None
+        self.state = "reads"
         try:
             started = time.perf_counter()
             with torch.no_grad():
@@ -346,7 +302,9 @@ class Fetch:
             if slot is not None and (lookup is None or self.released):
                 self._slot = None
                 crew.give(slot)
-            crew.moved()
+            if threading.current_thread() is crew.thread:
+                crew.read_s = time.perf_counter()
+            crew.changed.notify_all()
 
     def release(self) -> None:
         """The rows are not needed any more: their buffer goes back, now or when the worker is done with it. Twice is once."""
@@ -365,7 +323,7 @@ class Fetch:
                 if self._received:
                     crew.executor.done(slot)
                 crew.give(slot)
-            crew.moved()
+            crew.changed.notify_all()  # a worker that waits for a buffer for this fetch may stop
 
 
 class RowFetcher:
