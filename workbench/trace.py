@@ -39,7 +39,7 @@ OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own
 class Span:
     """One piece of work on one lane; times are seconds since the run began."""
 
-    lane: str  # "ids", "compute", "transfer", "lookup", "stall", or a stream's name in an imported trace
+    lane: str  # "compute", "transfer", "lookup", "stall", or a stream's name in an imported trace
     name: str
     step: int
     start_s: float

@@ -230,9 +230,11 @@ class Lab:
     def __init__(self, executor: HostExecutor, table: Any = None, seed: int = 0) -> None:
         self.executor = executor
         self.source = TableSource(RandomTable(seed=seed) if table is None else table)
-        nbytes = self.source.rows * self.source.width * self.source.dtype.itemsize
+        nbytes, values = self.source.rows * self.source.width * self.source.dtype.itemsize, str(self.source.dtype)[6:]
+        stored = getattr(table, "dtype", None)
         kind = "random rows in memory" if table is None else type(table).__name__
-        self.about = f"{kind}, {self.source.rows:,} rows of {self.source.width} values ({size_text(nbytes)} read out)"
+        kind += f" stored as {stored}" if isinstance(stored, str) else ""
+        self.about = f"{kind}, {self.source.rows:,} rows of {self.source.width} values, {size_text(nbytes)} as {values}"
         self.fetcher = RowFetcher()
         self._draw = np.random.default_rng(seed)
 

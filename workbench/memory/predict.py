@@ -128,10 +128,12 @@ class OverlapGrid:
             times = f"{p.window_ms:8.1f}{p.lookup_ms:8.1f}{p.predicted_ms:11.2f}{p.measured_ms:10.2f}"
             lines.append(f"{p.contention:10}{p.rows:9,}{times}{error}")
         foreign = "unknown" if self.foreign_cores is None else f"{self.foreign_cores:.2f} cores"
+        average = "unknown" if self.load_average is None else f"{self.load_average:.2f}"
         lines.append(
             f"{len(self.points)} points, times in ms; overlap fails at {len(self.failing)}; median relative error there "
             f"{self.median_error:.1%}; prediction right about failing at {self.agreeing} of {len(self.points)}; real compute "
-            f"and lookup slow each other {self.slowdowns[0]:.2f} and {self.slowdowns[1]:.2f} times; foreign load {foreign}"
+            f"and lookup slow each other {self.slowdowns[0]:.2f} and {self.slowdowns[1]:.2f} times; load average {average}, "
+            f"foreign load {foreign}"
         )
         return "\n".join(lines)
 
