@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             result = overlap_experiment(executor, window_ms=window, rows_per_lookup=rows, rounds=rounds)
             print(f"window {window:g} ms, {rows:,} rows\n{result.summary()}\n{verdict(result)}\n", flush=True)
             found["windows"].append(plain(result))
-    grid = overlap_grid(rounds=3 if options.quick else 15)
+    grid = overlap_grid(rounds=3 if options.quick else 25)
     found["grid"] = plain_grid(grid)
     print(f"{grid.summary()}\n{grid_verdict(grid)}\n", flush=True)
     found["decode ms a token"] = decode(3 if options.quick else 9)

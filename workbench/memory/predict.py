@@ -142,7 +142,7 @@ class OverlapGrid:
 class Sample:
     """One round's small measurements under one contention, in seconds."""
 
-    lookup_s: dict[int, float]
+    lookup_s: dict[int, list[float]]
     window_s: dict[float, float]
     begin_s: float
     wake_s: float
@@ -208,14 +208,15 @@ def _round(
     """Small measurements and runs in a shuffled order: what each needs, and the stall of each run in seconds."""
     sample = Sample({}, {}, 0.0, 0.0)
     found: dict[tuple[int, float], float] = {}
-    work: list[tuple[str, int, float]] = [("lookup", count, 0.0) for count in sizes]
+    # As many lookups alone as runs that read so many rows, spread among them.
+    work: list[tuple[str, int, float]] = [("lookup", count, 0.0) for count in sizes for _ in windows_ms]
     work += [("window", 0, window) for window in windows_ms] + [("hand-off", 0, 0.0)]
     work += [("beside", max(sizes), 0.0)] if kind == "real" else []
     work += [("run", count, window) for count in sizes for window in windows_ms]
     for place in draw.permutation(len(work)):
         what, count, window = work[place]
         if what == "lookup":
-            sample.lookup_s[count] = lookup_alone(lab, count)[1]
+            sample.lookup_s.setdefault(count, []).append(lookup_alone(lab, count)[1])
         elif what == "hand-off":
             trips = [lookup_alone(lab, TINY) for _ in range(5)]
             sample.begin_s, sample.wake_s = (_median(trip[side] for trip in trips) for side in (0, 2))
@@ -260,7 +261,7 @@ def _point(key: tuple[Contention, int, float], samples: list[Sample], stalls: li
     lookup, begin, wake = (
         _median(values)
         for values in (
-            [s.lookup_s[rows] for s in samples],
+            [seconds for s in samples for seconds in s.lookup_s[rows]],
             [s.begin_s for s in samples],
             [s.wake_s for s in samples],
         )
@@ -308,10 +309,10 @@ def loaded(kind: Contention) -> Iterator[None]:
 
 
 def _sizes(lab: Lab) -> tuple[int, ...]:
-    """Numbers of rows, in thousands of 1,024, whose lookups take about ``LOOKUPS_MS`` here."""
+    """Numbers of rows, multiples of 1,024, whose lookups take about ``LOOKUPS_MS`` here when nothing gets in between."""
     for _ in range(2):
         lookup_alone(lab, SIZING_ROWS)
-    per_row = _median(lookup_alone(lab, SIZING_ROWS)[1] for _ in range(SIZINGS)) / SIZING_ROWS
+    per_row = min(lookup_alone(lab, SIZING_ROWS)[1] for _ in range(SIZINGS)) / SIZING_ROWS  # not what a busy moment adds
     return tuple(1024 * max(1, round(ms / 1e3 / per_row / 1024)) for ms in LOOKUPS_MS)
 
 
