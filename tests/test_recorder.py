@@ -273,7 +273,7 @@ def test_spans_lie_in_order_inside_their_steps():
         blocks = [s for s in spans if s.step == step and s.lane == "compute"]
         assert [s.name for s in blocks] == [f"layer {n}" for n in range(4)]
         assert all(a.end_s <= b.start_s for a, b in zip(blocks, blocks[1:], strict=False))
-    assert {s.lane for s in spans} <= {"compute", "lookup", "stall"} and recorder.length == 30
+    assert {s.lane for s in spans} <= {"ids", "compute", "lookup", "stall"} and recorder.length == 30
     model.fetcher.close()
 
 

@@ -20,6 +20,7 @@ _HOME = {
     "Trace": "trace",
     "Timeline": "trace",
     "Span": "trace",
+    "overlap_experiment": "memory.overlap",
     "kv_bytes": "cost",
     "kv_bytes_per_token": "cost",
     "decode_bytes": "cost",

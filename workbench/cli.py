@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--topk", type=int, metavar="K", help="entries each CSA query keeps (default: the model's)")
     run.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--prefetch", choices=("prefetch", "serial"), default="prefetch", help="when Engram rows are fetched")
+    run.add_argument(
+        "--prefetch", choices=("prefetch", "serial", "resident"), default="prefetch", help="when Engram rows are fetched"
+    )
     run.add_argument("--device", default="auto", help="auto, or as torch names it: cpu, cuda:1, mps")
     run.set_defaults(command=_run)
 

@@ -160,8 +160,10 @@ def test_prefetched_and_serial_lookups_give_identical_logits():
 def test_the_table_stays_in_host_memory_and_in_its_own_format():
     table = HostTable(11, 3)
     assert table.to(torch.float64).weight.dtype == torch.float32 and table.to("meta").weight.device.type == "cpu"
-    rows = torch.tensor([[[3, 0], [10, 3]]])
-    assert torch.equal(table.gather(rows)[0, 1], torch.cat([table.weight[10], table.weight[3]]))
+    rows, out = torch.tensor([3, 0, 10, 3]), torch.empty(4, 3)
+    assert torch.equal(table.gather(rows)[2:], torch.stack([table.weight[10], table.weight[3]]))
+    with torch.no_grad():
+        assert torch.equal(table.gather(rows, out=out), table.gather(rows)) and torch.equal(out, table.weight[rows])
 
 
 def test_canonical_ids_must_be_as_many_as_the_hash_was_made_for():

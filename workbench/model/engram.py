@@ -91,18 +91,36 @@ class NgramHash:
 
 
 class HostTable(nn.Module):
-    """Rows that stay in host memory whatever device the model moves to."""
+    """Rows that stay in host memory whatever device the model moves to: a ``RowSource`` (memory/prefetch.py)."""
+
+    in_memory = True
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
+        self.width = width
         self.weight = nn.Parameter(0.02 * torch.randn(rows, width))
+        self._copy: tuple[int, int, Tensor] | None = None  # on a device: the weight's address and version, the rows
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # model.to(device) must not move the table
         return self
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """rows [B, T, R] -> values [B, T, R * width]; index_select releases the interpreter lock while it works."""
-        return torch.index_select(self.weight, 0, rows.flatten()).view(*rows.shape[:2], -1)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """rows [n] -> values [n, width], into ``out`` if given; index_select releases the interpreter lock while it works."""
+        return torch.index_select(self.weight, 0, rows, out=out)
+
+    def resident(self, device: torch.device) -> Tensor:
+        """All rows [rows, width] on ``device``: themselves on the host, elsewhere a copy kept until the rows change."""
+        weight = self.weight.detach()
+        if device == weight.device:
+            return weight
+        now = weight.data_ptr(), 0 if weight.is_inference() else self.weight._version
+        if self._copy is None or self._copy[:2] != now or self._copy[2].device != device:
+            self._copy = (*now, weight.to(device))
+        return self._copy[2]
 
 
 class EngramGates(NamedTuple):

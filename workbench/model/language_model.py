@@ -5,6 +5,7 @@ Letters: B batch, T new tokens, M streams, C model dim, V words.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from workbench.config import ModelConfig
 from workbench.errors import InputError
-from workbench.memory.prefetch import POLICIES, Fetch, RowFetcher
+from workbench.memory.prefetch import POLICIES, TRAINING, Fetch, RowFetcher
 from workbench.model.kv_cache import KVCache
 from workbench.model.layers import RMSNorm
 
@@ -94,7 +95,7 @@ class LanguageModel(nn.Module):
         """Token ids [B, T] -> float32 logits [B, T, V], or [B, 1, V] with logits="last".
 
         ``cache`` holds the tokens before these and grows by T. ``topk`` keeps another number of entries than configured;
-        ``prefetch`` says when Engram rows are fetched ("prefetch" or "serial"), which changes time and no value.
+        ``prefetch`` says when Engram rows are fetched ("prefetch", "serial" or "resident"), which changes time and no value.
         Raises InputError for ids of another shape or range, a cache of another model or batch size, more positions than the
         limit, or a ``topk`` for a model that attends to everything.
         """
@@ -103,12 +104,21 @@ class LanguageModel(nn.Module):
     def _call(
         self, run_layers: RunLayers, ids: Tensor, cache: KVCache | None, logits: str, topk: int | None, prefetch: str
     ) -> Tensor:
-        start = cache.length if cache is not None else 0
+        began, start = time.perf_counter(), cache.length if cache is not None else 0
         self._check(ids, cache, start, logits, topk, prefetch)
         ids = ids.to(self.device)
         if cache is not None:
             cache.whole = False  # until every layer has taken in the new tokens
-        hidden = run_layers(ids, start, cache, self._start_lookups(ids, cache, prefetch), topk)
+        fetches: dict[int, Fetch] = {}
+        try:
+            self._start_lookups(ids, cache, prefetch, fetches, began)
+            hidden = run_layers(ids, start, cache, fetches, topk)
+        except BaseException:
+            self.fetcher.retire()  # an interrupt may have come while a read hung; the next call gets another worker
+            raise
+        finally:
+            for fetch in fetches.values():
+                fetch.release()
         if cache is not None:
             cache.length += ids.shape[1]
             cache.whole = True
@@ -120,13 +130,15 @@ class LanguageModel(nn.Module):
         """What Engram hashes for token ids [B, T]; negative where a token is masked from it."""
         return self.engram_canonical_ids[ids]
 
-    def _start_lookups(self, ids: Tensor, cache: KVCache | None, policy: str) -> dict[int, Fetch]:
-        """Hash and gather depend on token ids alone, so they can begin before the first layer does."""
+    def _start_lookups(
+        self, ids: Tensor, cache: KVCache | None, policy: str, fetches: dict[int, Fetch], began_s: float
+    ) -> None:
+        """Hash and gather depend on token ids alone, so they can begin before the first layer does. Fills ``fetches``."""
         engram = self.config.engram
         if engram is None:
-            return {}
+            return
         if torch.is_grad_enabled():
-            policy = "serial"  # autograd records in the thread that trains
+            policy = TRAINING  # autograd records in the thread that trains
         canonical = self.canonical_ids(ids).cpu()
         pad = int(self.engram_canonical_ids[engram.pad_token_id])
         memory = cache.engram if cache is not None else None
@@ -135,12 +147,10 @@ class LanguageModel(nn.Module):
             memory.count_read()
             joined = torch.cat([lookback, canonical], dim=1)
             memory.ids = joined[:, max(0, joined.shape[1] - memory.lookback) :].clone()
-        fetches = {}
-        for layer in engram.layer_ids:
+        for layer in sorted(engram.layer_ids):  # in the order of need: one worker serves them in turn
             module = self.blocks[layer].engram
             hash_rows = partial(module.hash, canonical, lookback, pad)
-            fetches[layer] = self.fetcher.start(layer, hash_rows, module.table.gather, policy)
-        return fetches
+            fetches[layer] = self.fetcher.start(layer, hash_rows, module.table, policy, self.device, began_s)
 
     def _check(self, ids: Tensor, cache: KVCache | None, start: int, logits: str, topk: int | None, prefetch: str) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:

@@ -50,9 +50,10 @@ class Block(nn.Module):
         return self.hc_ffn.write(x, self.ffn(self.ffn_norm(y), ids), post, mix)
 
     def _remember(self, x: Tensor, fetch: Fetch, memory: EngramState | None) -> Tensor:
-        lookup = self.lookup_tap(fetch.result())
         past = memory.conv.get(self.layer) if memory else None
-        x, keep = self.engram(x, lookup.rows, lookup.memory.to(x), past)
+        with fetch as lookup:
+            self.lookup_tap(lookup)
+            x, keep = self.engram(x, lookup.rows, lookup.memory.to(x), past)
         if memory and keep is not None:
             memory.conv[self.layer] = keep.detach().to(torch.float32, copy=True)  # a view would keep the whole call alive
         return x
