@@ -25,6 +25,7 @@ ALLOWED = {
     "cost": {"numpy"},
     "schedule": {"numpy"},
     "measurements": set(),
+    "progress": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -43,7 +44,7 @@ NEVER_LOADED = {
     **dict.fromkeys(
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
-            *("measurements", "runtime", "cli"),
+            *("measurements", "progress", "runtime", "cli"),
         ),
         {"torch", "plotly"},
     ),
