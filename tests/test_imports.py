@@ -28,6 +28,7 @@ ALLOWED = {
     "cost": {"numpy"},
     "schedule": {"numpy"},
     "measurements": set(),
+    "progress": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -47,7 +48,7 @@ NEVER_LOADED = {
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
-            *("measurements", "runtime", "cli"),
+            *("measurements", "progress", "runtime", "cli"),
         ),
         {"torch", "plotly"},
     ),

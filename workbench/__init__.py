@@ -26,6 +26,8 @@ _HOME = {
     "decode_bytes": "cost",
     "decode_flops": "cost",
     "true_size_layer": "true_size",
+    "EngramTable": "memory.table",
+    "HotRows": "memory.hot_rows",
     "hide_needle": "needle",
     "find_needle": "needle",
     "needle_rates": "needle",
