@@ -219,11 +219,17 @@ def entry_pooling(t: int, width: int = FULL_ROW_TOKENS) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EngramTrace:
-    """Rows fetched and gates applied by one Engram layer: ``rows`` [L, R] int64, ``gates`` [L, M] float16."""
+    """Rows fetched and gates applied by one Engram layer: ``rows`` [L, R] int64, order by order; ``gates`` [L, M] float16.
+
+    ``ids`` [L] int32: the canonical ids that were hashed, negative where a token is masked; ``pad`` is the one that stands for
+    what lies before the text or behind a masked token. Older recordings lack both (None, -1).
+    """
 
     layer: int
     rows: np.ndarray
     gates: np.ndarray
+    ids: np.ndarray | None = None
+    pad: int = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)  # compared by identity: widgets of one trace share a session
@@ -377,7 +383,7 @@ def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION} | {name: getattr(trace, name) for name in _PLAIN}
     manifest["token_texts"] = list(trace.token_texts)
     manifest["layers"] = [{"layer": x.layer, "kind": x.kind, "ratio": x.ratio} for x in trace.layers]
-    manifest["engram"] = [{"layer": x.layer} for x in trace.engram]
+    manifest["engram"] = [{"layer": x.layer, "pad": x.pad} for x in trace.engram]
     manifest["origin"] = _stored(trace.origin)
     timeline = trace.timeline
     manifest["timeline"] = {"origin": _stored(timeline.origin), "device": timeline.device, "note": timeline.note}
