@@ -25,6 +25,8 @@ ALLOWED = {
     "cost": {"numpy"},
     "schedule": {"numpy"},
     "measurements": set(),
+    "engram": CORE,  # torch only inside engram_effect
+    "claims": CORE,  # torch only inside what measures
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -43,7 +45,7 @@ NEVER_LOADED = {
     **dict.fromkeys(
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
-            *("measurements", "runtime", "cli"),
+            *("measurements", "runtime", "cli", "engram", "claims"),
         ),
         {"torch", "plotly"},
     ),

@@ -38,6 +38,8 @@ _HOME = {
     "query_strip": "figures.query",
     "attention_tile": "figures.attention",
     "AttentionExplorer": "widgets.attention",
+    "EngramExplorer": "widgets.engram",
+    "engram_effect": "engram",
     "KVCacheGrowth": "widgets.memory",
     "OverlapTimeline": "widgets.timeline",
     "RunControls": "widgets.controls",

@@ -1,7 +1,7 @@
 """What Engram does to one text: which n-grams read which table rows, where different n-grams share one, and what it changes.
 
-`Ngrams` is worked out from a recorded trace, `engram_effect` needs the model. Letters: L tokens, N largest n-gram, K hash heads,
-R = (N - 1) K rows per token, V words. (reference/engram-and-overlap.md, section 1)
+`Ngrams` is worked out from a recorded trace, `engram_effect` needs the model. Letters: L tokens, N largest n-gram, K hash
+heads, R = (N - 1) K rows per token, V words, G guesses. (reference/engram-and-overlap.md, section 1)
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Ngrams:
         return shared
 
     def of(self, layer: int, token: int) -> tuple[Ngram, ...]:
-        """The n-grams that end at ``token``, shortest first, with their rows in ``layer``. InputError for ones there are not."""
+        """The n-grams that end at ``token``, shortest first, with their rows in ``layer``. InputError if there is none."""
         rows = self._memory(layer).rows
         if not 0 <= token < self.length:
             raise InputError(f"the trace has tokens 0..{self.length - 1}, got {token}")
@@ -141,8 +141,8 @@ class EngramEffect:
     """The next-token distribution after each of L tokens, with Engram at work and with its values switched off.
 
     ``on_ids`` [L, G] are the likeliest tokens with Engram, ``on_probs`` their probability with it and ``on_probs_off`` without;
-    ``off_ids``, ``off_probs`` and ``off_probs_on`` the other way round. ``kl`` [L] is KL(with || without) in nats. ``on_loss`` and
-    ``off_loss`` [L - 1] are the losses, in nats, of the token that followed. ``texts`` names every token id among them.
+    ``off_ids``, ``off_probs`` and ``off_probs_on`` the other way round. ``kl`` [L] is KL(with || without) in nats. ``on_loss``
+    and ``off_loss`` [L - 1] are the losses, in nats, of the token that followed. ``texts`` names every token id among them.
     """
 
     label: str

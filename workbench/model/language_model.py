@@ -29,8 +29,8 @@ class LanguageModel(nn.Module):
     """A decoder of any family; the families say how their layers run (``run_layers``) and what the head reads (``merge``).
 
     ``tokenizer`` is None unless a checkpoint brought one. Recorders rely on what every layer has: ``attn.attention_tap``,
-    ``attn.indexer.index_tap`` where it runs an indexer, ``engram.gate_tap`` and ``lookup_tap`` where it has Engram, and the model's
-    own ``canonical_tap`` if any layer has.
+    ``attn.indexer.index_tap`` where it runs an indexer, ``engram.gate_tap`` and ``lookup_tap`` where it has Engram, and
+    the model's own ``canonical_tap`` if any layer has it.
     """
 
     engram_canonical_ids: Tensor
