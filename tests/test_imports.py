@@ -26,7 +26,7 @@ ALLOWED = {
     "schedule": {"numpy"},
     "measurements": set(),
     "engram": CORE,  # torch only inside engram_effect
-    "claims": CORE,  # torch only inside what measures
+    "claims": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
