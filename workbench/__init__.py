@@ -45,6 +45,8 @@ _HOME = {
     "memory_meters": "figures.claims",
     "storage_cost": "training.score",
     "engram_effect": "engram",
+    "engram_off": "model.engram",
+    "shipped_traces": "trace",
     "KVCacheGrowth": "widgets.memory",
     "OverlapTimeline": "widgets.timeline",
     "RunControls": "widgets.controls",

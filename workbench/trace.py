@@ -6,6 +6,7 @@ M mHC streams. A *step* is one call of the model: a prefill chunk or one decoded
 
 from __future__ import annotations
 
+import glob
 import json
 import zipfile
 from collections.abc import Sequence
@@ -348,12 +349,17 @@ class Trace:
             ) from None
 
 
+def shipped_traces(prefix: str = "") -> tuple[str, ...]:
+    """Names of the recordings that ship and begin with ``prefix``, for ``Trace.load``."""
+    return tuple(sorted(path.parent.name for path in SHIPPED.glob(f"{glob.escape(prefix)}*/{MANIFEST_FILE}")))
+
+
 def _find_folder(source: str | Path) -> Path:
     """A folder as given, or the shipped trace of that name."""
     folder = Path(source)
     if folder.is_dir() or folder.name != str(source):
         return folder
-    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{MANIFEST_FILE}"))
+    shipped = shipped_traces()
     if str(source) not in shipped:
         names = ", ".join(map(repr, shipped)) or "none"
         raise InputError(f"no trace {str(source)!r}: give a folder that Trace.save wrote, or a shipped trace ({names})")

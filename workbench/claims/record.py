@@ -21,7 +21,10 @@ ENOUGH, HALF = 0.9, 0.5  # of a claimed factor or share: as good as all of it, a
 _REFERENCE = "reference/engram-and-overlap.md, section"
 PAPER = Source(f"Engram paper, arXiv 2601.07372 ({_REFERENCE} 2)", "published")
 V4_REPORT = Source("DeepSeek-V4 report, arXiv 2606.19348 (reference/deepseek-v4.md, sections 0 and 5)", "published")
-V41_REPORT = Source("DeepSeek-V4.1-Flash report, arXiv 2609.19969 (reference/deepseek-v41.md, sections 6 and 9)", "published")
+V41_REPORT = Source(
+    "DeepSeek-V4.1-Flash report, arXiv 2609.19969, as quoted in public repositories (reference/deepseek-v41.md, sections 6 and 9)",
+    "secondary",
+)
 ENGINES = Source("documentation and pull requests of the engines (reference/deepseek-v41.md, section 12)", "secondary")
 SSD_PORT = Source(f"Rapid-MLX PR 3338, one M3 Ultra ({_REFERENCE} 2)", "secondary")
 NO_SOURCE = Source(f"no primary source found ({_REFERENCE} 6)", "uncertain")

@@ -192,8 +192,9 @@ def memory_bound(length: int, device: Device, cards: int) -> Claim:
     found = fit("v4-flash", length, device, cards=cards, tp=cards)
     weights = presets["v4-flash"].weights
     assert weights is not None
-    rate = device.tflop_per_s.get("fp8", device.tflop_per_s["bf16"]) * 1e12
-    flops = PREFILL_TOKENS * decode_flops("v4-flash", PREFILL_TOKENS // 2, "fp8-equivalent")["total"]
+    fast = "fp8" in device.tflop_per_s
+    rate = device.tflop_per_s["fp8" if fast else "bf16"] * 1e12
+    flops = PREFILL_TOKENS * decode_flops("v4-flash", PREFILL_TOKENS // 2, "fp8-equivalent" if fast else "plain")["total"]
     prefill = (weights.device_bytes / device.bandwidth_bytes_per_s) / (flops / rate)
     largest = found.rates[-1] if found.rates else found.step
 

@@ -18,6 +18,7 @@ from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, 
 from workbench.presets import Preset, presets
 
 METERED = ("v3.2", "v4-pro", "v4-flash", "v4.1-flash")
+KV_NAMES = {cost.KV_PART: "a row per token", "engram": "ids Engram looks back at"}
 WEIGHT_PARTS = ("backbone", "experts", "Engram tables")
 WEIGHT_COLOURS = {"backbone": GREY, "experts": VERMILLION, "Engram tables": SKY}
 WEIGHT_PATTERNS = {"Engram tables": "x"}  # told apart without colour
@@ -96,21 +97,14 @@ def memory_meters(
     fig = make_subplots(rows=1, cols=3, shared_yaxes=True, subplot_titles=places, horizontal_spacing=0.05)
     fig.update_annotations(font_size=13)
     for part in (p for p in PART_ORDER if any(held.get(p) for held in kv)):
-        _add_bars(
-            fig,
-            1,
-            titles,
-            [held.get(part, 0) for held in kv],
-            f"KV: {'a row per token' if part == cost.KV_PART else part}",
-            PART_COLOURS[part],
-            PART_PATTERNS.get(part, ""),
-        )
+        sizes, name = [held.get(part, 0) for held in kv], f"KV: {KV_NAMES.get(part, part)}"
+        _add_bars(fig, 1, titles, sizes, name, PART_COLOURS[part], PART_PATTERNS.get(part, ""))
     totals = [[float(held["total"]) for held in kv], [0.0] * len(chosen), [0.0] * len(chosen)]
     for part in WEIGHT_PARTS:
-        sizes = [_weight_bytes(preset)[part] for preset in chosen]
+        weights = [_weight_bytes(preset)[part] for preset in chosen]
         column = 3 if part == "Engram tables" and offloaded else 2
-        _add_bars(fig, column, titles, sizes, part, WEIGHT_COLOURS[part], WEIGHT_PATTERNS.get(part, ""))
-        totals[column - 1] = [have + more for have, more in zip(totals[column - 1], sizes, strict=True)]
+        _add_bars(fig, column, titles, weights, part, WEIGHT_COLOURS[part], WEIGHT_PATTERNS.get(part, ""))
+        totals[column - 1] = [have + more for have, more in zip(totals[column - 1], weights, strict=True)]
     heaviest = max(sum(_weight_bytes(preset).values()) for preset in chosen)
     tables = max(_weight_bytes(preset)["Engram tables"] for preset in chosen)
     for column, (sums, most) in enumerate(zip(totals, (max(totals[0]), heaviest, tables or 1e9), strict=True), start=1):
@@ -123,10 +117,10 @@ def memory_meters(
     where = "in host memory" if offloaded else "on the device"
     origins = "; ".join(f"{t} {_origin(p)}" for t, p in zip(titles, chosen, strict=True))
     title = f"One sequence of {length:,} tokens, cache stored as {storage}; Engram tables {where}"
-    styled(fig, f"{chart_text(title)}<br>KV: modelled (formula). Weights: {chart_text(origins)}", height=190 + 44 * len(chosen))
+    styled(fig, f"{chart_text(title)}<br>KV: modelled (formula). Weights: {chart_text(origins)}", height=172 + 44 * len(chosen))
     fig.update_yaxes(autorange="reversed", showgrid=False)
     below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
-    return fig.update_layout(barmode="stack", legend=below, margin={"t": 92, "b": 90})
+    return fig.update_layout(barmode="stack", legend=below, margin={"t": 74, "b": 90})
 
 
 def _add_bars(

@@ -28,6 +28,7 @@ NAMED_OTHERS = 3  # places told one by one
 _CSS = f"""<style>
 .wb-engram {{color: var(--jp-content-font-color1, inherit); line-height: 1.5; direction: ltr; text-align: left}}
 .wb-engram p {{margin: 0; padding: 0 0 6px; font-family: var(--jp-ui-font-family, sans-serif); font-size: 12px}}
+.wb-engram .legend {{position: sticky; top: 0; background: var(--jp-layout-color0, Canvas)}}
 .wb-engram .text {{font-family: var(--jp-code-font-family, monospace); font-size: 13px; line-height: 1.85;
   overflow-wrap: anywhere}}
 .wb-engram .text bdi {{white-space: pre-wrap; padding: 1px 0; border-radius: 2px; cursor: pointer}}
@@ -110,7 +111,7 @@ def engram_text(trace: Trace, ngrams: Ngrams, layer: int, token: int, paint: Pai
         f"{escape(paint.name)}: {low:.2f} <span class='bar'></span> {high:.2f} (half of the colour at {paint.middle:.2f}). "
         f"<bdi class='x'>Dotted</bdi>: one of its {rows} rows in layer {layer} is also read by a different n-gram of this text."
     )
-    return f"{_CSS}<div class='wb-engram'><p>{legend}</p><div class='text'>{before}{body}{after}</div></div>"
+    return f"{_CSS}<div class='wb-engram'><p class='legend'>{legend}</p><div class='text'>{before}{body}{after}</div></div>"
 
 
 def _token(text: str, t: int, chosen: int, paint: Paint, collided: int, rows: int) -> str:
