@@ -22,7 +22,7 @@ _REFERENCE = "reference/engram-and-overlap.md, section"
 PAPER = Source(f"Engram paper, arXiv 2601.07372 ({_REFERENCE} 2)", "published")
 V4_REPORT = Source("DeepSeek-V4 report, arXiv 2606.19348 (reference/deepseek-v4.md, sections 0 and 5)", "published")
 V41_REPORT = Source(
-    "DeepSeek-V4.1-Flash report, arXiv 2609.19969, as quoted in public repositories (reference/deepseek-v41.md, sections 6 and 9)",
+    "DeepSeek-V4.1-Flash report, arXiv 2609.19969, as quoted publicly (reference/deepseek-v41.md, sections 6 and 9)",
     "secondary",
 )
 ENGINES = Source("documentation and pull requests of the engines (reference/deepseek-v41.md, section 12)", "secondary")
