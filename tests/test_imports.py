@@ -29,6 +29,8 @@ ALLOWED = {
     "schedule": {"numpy"},
     "measurements": set(),
     "progress": set(),
+    "engram": CORE,  # torch only inside engram_effect
+    "claims": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -48,7 +50,7 @@ NEVER_LOADED = {
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
-            *("measurements", "progress", "runtime", "cli"),
+            *("measurements", "progress", "runtime", "cli", "engram", "claims"),
         ),
         {"torch", "plotly"},
     ),

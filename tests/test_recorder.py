@@ -51,6 +51,9 @@ def test_everything_recorded_equals_a_slow_recomputation(seed):
         for memory in found["engram"]:
             assert memory.rows.tolist() == slow.rows[memory.layer]
             np.testing.assert_allclose(memory.gates, np.stack(slow.gates[memory.layer]), atol=HALF)
+            canonical = model.engram_canonical_ids
+            assert memory.ids.tolist() == canonical[ids[0]].tolist()
+            assert memory.pad == int(canonical[config.engram.pad_token_id])
         assert found["step_starts"].tolist() == [sum(sizes[:i]) for i in range(len(sizes))]
         ends = np.cumsum(sizes)
         for part, held in found["cache_bytes"].items():

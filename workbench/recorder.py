@@ -251,6 +251,7 @@ class Recorder:
         self.layers = [LayerRecord(i, kind, ratio) for i, (kind, ratio) in enumerate(kinds)]
         engram_layers = config.engram.layer_ids if config.engram else ()
         self.engram = {layer: (Column(np.int64), Column(np.float16)) for layer in engram_layers}
+        self.canonical_ids = Column(np.int32)  # what Engram hashes
         self.spans: list[Span] = []
         self.cache_bytes: dict[str, Column] = {}  # by part, those the model's cache has
         self.cache_reserved = Column(np.int64)
@@ -268,6 +269,8 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._thread = threading.get_ident()
+        if self.engram and not self.spans_only:
+            self._hook(self.model.canonical_tap.register_forward_hook, self._on_canonical_ids)
         for i, block in enumerate(self.model.blocks):
             if not self.spans_only:
                 self._hook(block.attn.attention_tap.register_forward_hook, self._on_attention(self.layers[i]))
@@ -311,6 +314,9 @@ class Recorder:
             gates.append(seen.gates[0].float().cpu().numpy())
 
         return note
+
+    def _on_canonical_ids(self, _module: Any, _inputs: Any, ids: Tensor) -> None:
+        self.canonical_ids.append(ids[0].numpy())
 
     def _on_lookup(self, _module: Any, _inputs: Any, lookup: Lookup) -> None:
         self._lookup = lookup
@@ -389,13 +395,19 @@ class Recorder:
             spans = tuple(span for span in self.spans if span.step < steps)
             return {
                 "layers": tuple(layer.snapshot(length) for layer in self.layers) if length else (),
-                "engram": tuple(
-                    EngramTrace(layer, rows.rows()[:length], gates.rows()[:length])
-                    for layer, (rows, gates) in self.engram.items()
-                    if length
-                ),
+                "engram": self._engram_snapshot(length) if length else (),
                 "timeline": Timeline("measured", spans, device, self.note),
                 "step_starts": self.step_starts.rows()[:steps],
                 "cache_bytes": {part: column.rows()[:steps] for part, column in self.cache_bytes.items()},
                 "cache_reserved": self.cache_reserved.rows()[:steps],
             }
+
+    def _engram_snapshot(self, length: int) -> tuple[EngramTrace, ...]:
+        if not self.engram or self.spans_only:
+            return ()
+        ids = self.canonical_ids.rows()[:length]
+        pad = int(self.model.engram_canonical_ids[self.model.config.engram.pad_token_id])
+        return tuple(
+            EngramTrace(layer, rows.rows()[:length], gates.rows()[:length], ids, pad)
+            for layer, (rows, gates) in self.engram.items()
+        )

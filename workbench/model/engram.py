@@ -9,7 +9,10 @@ n-gram, R rows per token, M streams, C model dim.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +24,9 @@ from workbench.config import DeepSeekV4Config, EngramConfig
 from workbench.config.primes import table_primes
 from workbench.errors import InputError
 from workbench.model.layers import Tap
+
+if TYPE_CHECKING:
+    from workbench.model.language_model import LanguageModel
 
 
 def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
@@ -183,6 +189,34 @@ class Engram(nn.Module):
         line = F.pad(line, (0, 0, self.state_length + t - line.shape[1], 0))
         mixed = sum(line[:, i * self.dilation : i * self.dilation + t] * self.conv[:, i] for i in range(self.kernel))
         return streams + F.silu(mixed).view_as(value) + value, keep  # type: ignore[arg-type]
+
+
+@contextmanager
+def engram_off(model: LanguageModel) -> Iterator[None]:
+    """Within the block this thread's calls of ``model`` run with every Engram value zero: the streams pass unchanged.
+
+    The same numbers as from a model whose value projection is zero; rows are looked up and gates worked out as ever, and other
+    threads see Engram at work. Nothing of the model changes; the hooks go when the block ends, also after an error. A cache
+    filled in the block has no convolution state of Engram's, so do not go on with it outside. Raises InputError for a model
+    without Engram.
+    """
+    layers = [block.engram for block in model.blocks if hasattr(block, "engram")]
+    if not layers:
+        raise InputError(f"{model.name} has no Engram to switch off; load 'tiny-v4-engram'")
+    thread, width = threading.get_ident(), model.config.hidden_size
+
+    def silence(_module: nn.Module, _inputs: tuple[Tensor, ...], kv: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:
+            return None
+        keys, value = kv.split([kv.shape[-1] - width, width], dim=-1)  # the value that all streams share comes last
+        return torch.cat([keys, torch.zeros_like(value)], dim=-1)
+
+    hooks = [layer.wkv.register_forward_hook(silence) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_canonical_ids(canonical: Tensor, engram: EngramConfig) -> None:

@@ -17,7 +17,7 @@ from workbench.config import ModelConfig
 from workbench.errors import InputError
 from workbench.memory.prefetch import POLICIES, TRAINING, Fetch, RowFetcher
 from workbench.model.kv_cache import KVCache
-from workbench.model.layers import RMSNorm
+from workbench.model.layers import RMSNorm, Tap
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,7 +30,8 @@ class LanguageModel(nn.Module):
     """A decoder of any family; the families say how their layers run (``run_layers``) and what the head reads (``merge``).
 
     ``tokenizer`` is None unless a checkpoint brought one. Recorders rely on what every layer has: ``attn.attention_tap``,
-    ``attn.indexer.index_tap`` where it runs an indexer, ``engram.gate_tap`` and ``lookup_tap`` where it has Engram.
+    ``attn.indexer.index_tap`` where it runs an indexer, ``engram.gate_tap`` and ``lookup_tap`` where it has Engram, and
+    the model's own ``canonical_tap`` if any layer has it.
     """
 
     engram_canonical_ids: Tensor
@@ -47,6 +48,7 @@ class LanguageModel(nn.Module):
         if config.engram:
             canonical = torch.arange(config.vocab_size).clamp(max=config.engram.compressed_vocab_size - 1)
             self.register_buffer("engram_canonical_ids", canonical)
+            self.canonical_tap = Tap()
         self.fetcher = RowFetcher()
 
     def run_layers(
@@ -139,7 +141,7 @@ class LanguageModel(nn.Module):
             return
         if torch.is_grad_enabled():
             policy = TRAINING  # autograd records in the thread that trains
-        canonical = self.canonical_ids(ids).cpu()
+        canonical = self.canonical_tap(self.canonical_ids(ids).cpu())
         pad = int(self.engram_canonical_ids[engram.pad_token_id])
         memory = cache.engram if cache is not None else None
         lookback = memory.ids if memory else canonical[:, :0]

@@ -1,4 +1,4 @@
-"""Where training of every model begins whose entries are single tokens: heads that look back, and heads that seek what those found.
+"""Where training of models whose entries are single tokens begins: heads that look back, and heads that seek what those found.
 
 To recall what followed a word, such a decoder needs two steps: a head that tells a token which words stood before it, and one
 above that looks for the tokens which were told of the word at hand. V4's compressor brings neighbouring tokens together by

@@ -163,7 +163,7 @@ def _shared_stream(vocab_size: int, compressed_vocab_size: int) -> SharedStreamC
 
 
 def _latent(vocab_size: int) -> LatentConfig:
-    """V3.2: a row is a little wider than an entry of the tiny V4, as in the releases; 32 tokens are what 8 entries stand for."""
+    """V3.2: rows a little wider than the tiny V4's entries, as in the releases; 32 tokens are what 8 entries stand for."""
     return LatentConfig(
         vocab_size=vocab_size,
         hidden_size=96,
