@@ -158,7 +158,7 @@ class LanguageModel(nn.Module):
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
             got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise InputError(f"ids must be a non-empty integer tensor [batch, tokens], got {got}")
-        low, high = int(ids.min()), int(ids.max())
+        low, high = (int(ids), int(ids)) if ids.numel() == 1 else (int(ids.min()), int(ids.max()))
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {low}..{high}")
         if start + ids.shape[1] > self.config.max_position_embeddings:
