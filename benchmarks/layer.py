@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 import torch
 
 from workbench import runtime
-from workbench.cli import Progress, token_count
+from workbench.cli import token_count
 from workbench.errors import InputError
 from workbench.measurements import LayerMeasurement
+from workbench.progress import Progress
 from workbench.true_size import MAX_LENGTH, TrueSizeLayer, true_size_layer
 
 LENGTHS = "8K,64K,512K,1M"

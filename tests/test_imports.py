@@ -28,6 +28,9 @@ ALLOWED = {
     "cost": {"numpy"},
     "schedule": {"numpy"},
     "measurements": set(),
+    "progress": set(),
+    "engram": CORE,  # torch only inside engram_effect
+    "claims": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -47,7 +50,7 @@ NEVER_LOADED = {
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
-            *("measurements", "runtime", "cli"),
+            *("measurements", "progress", "runtime", "cli", "engram", "claims"),
         ),
         {"torch", "plotly"},
     ),

@@ -419,7 +419,7 @@ def test_any_failure_of_the_model_ends_the_run_with_its_reason(model, error):
 
 
 def test_a_failing_lookup_ends_the_run_with_one_clear_line(model):
-    def gone(rows: torch.Tensor) -> torch.Tensor:
+    def gone(rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         raise OSError("disk gone")
 
     model.blocks[3].engram.table.gather = gone

@@ -51,6 +51,9 @@ def test_everything_recorded_equals_a_slow_recomputation(seed):
         for memory in found["engram"]:
             assert memory.rows.tolist() == slow.rows[memory.layer]
             np.testing.assert_allclose(memory.gates, np.stack(slow.gates[memory.layer]), atol=HALF)
+            canonical = model.engram_canonical_ids
+            assert memory.ids.tolist() == canonical[ids[0]].tolist()
+            assert memory.pad == int(canonical[config.engram.pad_token_id])
         assert found["step_starts"].tolist() == [sum(sizes[:i]) for i in range(len(sizes))]
         ends = np.cumsum(sizes)
         for part, held in found["cache_bytes"].items():
@@ -273,7 +276,7 @@ def test_spans_lie_in_order_inside_their_steps():
         blocks = [s for s in spans if s.step == step and s.lane == "compute"]
         assert [s.name for s in blocks] == [f"layer {n}" for n in range(4)]
         assert all(a.end_s <= b.start_s for a, b in zip(blocks, blocks[1:], strict=False))
-    assert {s.lane for s in spans} <= {"compute", "lookup", "stall"} and recorder.length == 30
+    assert {s.lane for s in spans} <= {"ids", "compute", "lookup", "stall"} and recorder.length == 30
     model.fetcher.close()
 
 

@@ -24,6 +24,7 @@ from workbench.trace import (
     Timeline,
     Trace,
     entry_pooling,
+    shipped_traces,
 )
 
 
@@ -401,3 +402,13 @@ def test_steps_partition_the_tokens(trace):
     for t in range(trace.length):
         step = trace.step_of_token(t)
         assert trace.step_starts[step] <= t < ends[step]
+
+
+def test_shipped_recordings_are_found_by_how_their_names_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.trace.SHIPPED", tmp_path)
+    assert shipped_traces() == ()
+    for name in ("cuda-b", "cuda-a", "needle", "[x]"):
+        synthetic_trace(11).save(tmp_path / name)
+    (tmp_path / "cuda-empty").mkdir()
+    assert shipped_traces("cuda") == ("cuda-a", "cuda-b") and shipped_traces("[") == ("[x]",)
+    assert [Trace.load(name).length for name in shipped_traces()] == [11] * 4

@@ -22,9 +22,9 @@ from workbench import runtime
 from workbench.devices import devices
 from workbench.errors import InputError, WorkbenchError
 from workbench.presets import presets
+from workbench.progress import Progress
 
 START_PAGE = "notebooks/00_start_here.ipynb"
-BAR_WIDTH = 24
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--topk", type=int, metavar="K", help="entries each CSA query keeps (default: the model's)")
     run.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--prefetch", choices=("prefetch", "serial"), default="prefetch", help="when Engram rows are fetched")
+    run.add_argument(
+        "--prefetch", choices=("prefetch", "serial", "resident"), default="prefetch", help="when Engram rows are fetched"
+    )
     run.add_argument("--device", default="auto", help="auto, or as torch names it: cpu, cuda:1, mps")
     run.set_defaults(command=_run)
 
@@ -329,20 +331,3 @@ def _check_checkpoints() -> list[tuple[str, str]]:
     if not shipped:
         return [("warning", "no shipped checkpoints: get the whole checkout, or make one with `workbench train`")]
     return [("ok", f"checkpoint {name}, {size / 1e6:.1f} MB") for name, size in shipped.items()]
-
-
-class Progress:
-    """One line on a terminal, redrawn in place; nothing in a pipe."""
-
-    def __init__(self) -> None:
-        self.on = sys.stderr.isatty()
-
-    def show(self, part: float, text: str) -> None:
-        if self.on:
-            full = round(BAR_WIDTH * min(1.0, max(0.0, part)))
-            bar = "#" * full + "." * (BAR_WIDTH - full)
-            print(f"\r\x1b[K[{bar}] {part:4.0%} {text}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self.on:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -257,6 +257,7 @@ class LiveRun:
             if not isinstance(error, WorkbenchError):
                 reason = f"the run failed ({type(error).__name__}: {reason}); what was recorded before is kept"
             self.error = reason
+        self.model.fetcher.retire(wait_s=1.0)  # an idle worker ends with the run; one that hangs is not waited for
         self._change(final)
         self._over.set()
 
@@ -307,7 +308,8 @@ def run(
     """Start generating in the background and return the LiveRun at once.
 
     ``temperature`` 0 is greedy; ``topk`` keeps another number of entries than the model's; ``prefetch`` says when Engram
-    rows are fetched; ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
+    rows are fetched ("prefetch" ahead of need, "serial" at the layer, "resident": they lie on the compute device);
+    ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
     """
     return LiveRun(
         model,

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.memory.executors import NAMES, executor_name, finish_compute
 from workbench.memory.prefetch import Lookup
 from workbench.model.attention.hybrid import Attention
 from workbench.model.engram import EngramGates
 from workbench.model.indexer import IndexQueries
 from workbench.model.kv_cache import GrowingRows, KVCache, Rows
 from workbench.model.language_model import LanguageModel
-from workbench.runtime import synchronize
 from workbench.trace import (
     ATTENDING_TO_ALL,
     FULL_ROW_TOKENS,
@@ -251,6 +251,7 @@ class Recorder:
         self.layers = [LayerRecord(i, kind, ratio) for i, (kind, ratio) in enumerate(kinds)]
         engram_layers = config.engram.layer_ids if config.engram else ()
         self.engram = {layer: (Column(np.int64), Column(np.float16)) for layer in engram_layers}
+        self.canonical_ids = Column(np.int32)  # what Engram hashes
         self.spans: list[Span] = []
         self.cache_bytes: dict[str, Column] = {}  # by part, those the model's cache has
         self.cache_reserved = Column(np.int64)
@@ -260,12 +261,16 @@ class Recorder:
         self._thread = 0
         self._hooks: list[Any] = []
         self._steps = 0
+        self._ids_noted = False  # the span of this step's token ids
         self._block_from = 0.0
-        self._waited = 0.0
+        self._lookup: Lookup | None = None  # of the block under way
+        self.alignment_error_s = 0.0  # of spans timed on a device, on the host's clock
         self._lock = threading.Lock()  # a snapshot may be asked for while the run works
 
     def __enter__(self) -> Recorder:
         self._thread = threading.get_ident()
+        if self.engram and not self.spans_only:
+            self._hook(self.model.canonical_tap.register_forward_hook, self._on_canonical_ids)
         for i, block in enumerate(self.model.blocks):
             if not self.spans_only:
                 self._hook(block.attn.attention_tap.register_forward_hook, self._on_attention(self.layers[i]))
@@ -310,25 +315,47 @@ class Recorder:
 
         return note
 
+    def _on_canonical_ids(self, _module: Any, _inputs: Any, ids: Tensor) -> None:
+        self.canonical_ids.append(ids[0].numpy())
+
     def _on_lookup(self, _module: Any, _inputs: Any, lookup: Lookup) -> None:
-        name = f"layer {lookup.layer}"
-        self._span("lookup", f"{name} hash", lookup.started_s, lookup.hashed_s)
-        self._span("lookup", f"{name} gather", lookup.hashed_s, lookup.gathered_s, after=(f"{name} hash",))
-        if lookup.gathered_s > lookup.wait_from_s:  # the rows were not there when the layer asked
-            self._span("stall", f"{name} waits", lookup.wait_from_s, lookup.wait_to_s, after=(f"{name} gather",))
-            self._waited = lookup.wait_to_s
+        self._lookup = lookup
 
     def _on_block_start(self, _module: Any, _inputs: Any) -> None:
         self._block_from = time.perf_counter()
-        self._waited = 0.0
+        self._lookup = None
 
     def _on_block_end(self, layer: int) -> Any:
         def note(_module: Any, _inputs: Any, _out: Any) -> None:
-            synchronize(self.model.device)  # so that a span ends when the work does
-            after = (f"layer {layer} gather",) if layer in self.engram else ()
-            self._span("compute", f"layer {layer}", max(self._block_from, self._waited), time.perf_counter(), after=after)
+            finish_compute(self.model.device)  # so that a span ends when the work does; copies for later layers go on
+            lookup, self._lookup = self._lookup, None
+            after, start = ((), self._block_from) if lookup is None else self._lookup_spans(lookup)
+            end = time.perf_counter()
+            self._span("compute", f"layer {layer}", min(max(self._block_from, start), end), end, after=after)
 
         return note
+
+    def _lookup_spans(self, lookup: Lookup) -> tuple[tuple[str, ...], float]:
+        """Token ids -> hash -> gather -> copy, if there is one -> the layer's stall, if it had to wait: what the layer comes
+        after, and when it could begin."""
+        if not lookup.looked_up:
+            return (), self._block_from
+        name = f"layer {lookup.layer}"
+        if not self._ids_noted:  # once a step: the lookups of all layers start from them
+            self._ids_noted = True
+            self._span("ids", "token ids", lookup.ids_from_s, lookup.asked_s)
+        self._span("lookup", f"{name} hash", lookup.started_s, lookup.hashed_s, after=("token ids",))
+        self._span("lookup", f"{name} gather", lookup.gather_from_s, lookup.gathered_s, after=(f"{name} hash",))
+        last, there, free = f"{name} gather", lookup.gathered_s, lookup.wait_to_s
+        copied = lookup.copied()
+        if copied is not None:
+            self._span("transfer", f"{name} copy", copied.start_s, copied.end_s, after=(last,))
+            self.alignment_error_s = max(self.alignment_error_s, copied.error_s)
+            last, there, free = f"{name} copy", copied.end_s, max(free, copied.end_s)
+        if there <= lookup.wait_from_s:
+            return (last,), self._block_from
+        self._span("stall", f"{name} waits", lookup.wait_from_s, free, after=(last,))  # not there when the layer asked
+        return (last,), free
 
     def _span(self, lane: str, name: str, start: float, end: float, after: tuple[str, ...] = ()) -> None:
         self.spans.append(Span(lane, name, self._steps, start - self._zero, end - self._zero, "measured", after))
@@ -339,6 +366,7 @@ class Recorder:
             self.step_starts.append(np.array([self.length]))
             self.length += tokens
             self._steps += 1
+            self._ids_noted = False
             for part, held in cache.nbytes_by_part().items():
                 self.cache_bytes.setdefault(part, Column(np.int64)).append(np.array([held]))
             self.cache_reserved.append(np.array([cache.nbytes_reserved]))
@@ -346,6 +374,14 @@ class Recorder:
                 if tokens > 1 or self._steps % PENDING_STEPS == 0:
                     layer.flush()
                 layer.settle(self.length)
+
+    @property
+    def note(self) -> str:
+        """What a reader of the spans must know: what a span is, and who computed."""
+        note = f"one forward pass a step; compute lane: blocks as a whole; executor {NAMES[executor_name(self.model.device)]}"
+        if self.alignment_error_s:
+            note += f"; the device's clock is aligned to within {1e6 * self.alignment_error_s:.0f} us"
+        return note
 
     def timeline_since(self, start: float) -> tuple[Span, ...]:
         """All spans with their times counted from ``start`` (``time.perf_counter`` seconds), for a single measured call."""
@@ -359,13 +395,19 @@ class Recorder:
             spans = tuple(span for span in self.spans if span.step < steps)
             return {
                 "layers": tuple(layer.snapshot(length) for layer in self.layers) if length else (),
-                "engram": tuple(
-                    EngramTrace(layer, rows.rows()[:length], gates.rows()[:length])
-                    for layer, (rows, gates) in self.engram.items()
-                    if length
-                ),
-                "timeline": Timeline("measured", spans, device, "one forward pass a step; compute lane: blocks as a whole"),
+                "engram": self._engram_snapshot(length) if length else (),
+                "timeline": Timeline("measured", spans, device, self.note),
                 "step_starts": self.step_starts.rows()[:steps],
                 "cache_bytes": {part: column.rows()[:steps] for part, column in self.cache_bytes.items()},
                 "cache_reserved": self.cache_reserved.rows()[:steps],
             }
+
+    def _engram_snapshot(self, length: int) -> tuple[EngramTrace, ...]:
+        if not self.engram or self.spans_only:
+            return ()
+        ids = self.canonical_ids.rows()[:length]
+        pad = int(self.model.engram_canonical_ids[self.model.config.engram.pad_token_id])
+        return tuple(
+            EngramTrace(layer, rows.rows()[:length], gates.rows()[:length], ids, pad)
+            for layer, (rows, gates) in self.engram.items()
+        )

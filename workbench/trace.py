@@ -6,6 +6,7 @@ M mHC streams. A *step* is one call of the model: a prefill chunk or one decoded
 
 from __future__ import annotations
 
+import glob
 import json
 import zipfile
 from bisect import bisect_right
@@ -254,11 +255,17 @@ def entry_pooling(t: int, width: int = FULL_ROW_TOKENS) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EngramTrace:
-    """Rows fetched and gates applied by one Engram layer: ``rows`` [L, R] int64, ``gates`` [L, M] float16."""
+    """Rows fetched and gates applied by one Engram layer: ``rows`` [L, R] int64, order by order; ``gates`` [L, M] float16.
+
+    ``ids`` [L] int32: the canonical ids that were hashed, negative where a token is masked; ``pad`` is the one that stands for
+    what lies before the text or behind a masked token. Older recordings lack both (None, -1).
+    """
 
     layer: int
     rows: np.ndarray
     gates: np.ndarray
+    ids: np.ndarray | None = None
+    pad: int = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)  # compared by identity: widgets of one trace share a session
@@ -377,12 +384,17 @@ class Trace:
             ) from None
 
 
+def shipped_traces(prefix: str = "") -> tuple[str, ...]:
+    """Names of the recordings that ship and begin with ``prefix``, for ``Trace.load``."""
+    return tuple(sorted(path.parent.name for path in SHIPPED.glob(f"{glob.escape(prefix)}*/{MANIFEST_FILE}")))
+
+
 def _find_folder(source: str | Path) -> Path:
     """A folder as given, or the shipped trace of that name."""
     folder = Path(source)
     if folder.is_dir() or folder.name != str(source):
         return folder
-    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{MANIFEST_FILE}"))
+    shipped = shipped_traces()
     if str(source) not in shipped:
         names = ", ".join(map(repr, shipped)) or "none"
         raise InputError(f"no trace {str(source)!r}: give a folder that Trace.save wrote, or a shipped trace ({names})")
@@ -412,7 +424,7 @@ def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION} | {name: getattr(trace, name) for name in _PLAIN}
     manifest["token_texts"] = list(trace.token_texts)
     manifest["layers"] = [{"layer": x.layer, "kind": x.kind, "ratio": x.ratio} for x in trace.layers]
-    manifest["engram"] = [{"layer": x.layer} for x in trace.engram]
+    manifest["engram"] = [{"layer": x.layer, "pad": x.pad} for x in trace.engram]
     manifest["origin"] = stored_origin(trace.origin)
     timeline = trace.timeline
     manifest["timeline"] = {"origin": stored_origin(timeline.origin), "device": timeline.device, "note": timeline.note}

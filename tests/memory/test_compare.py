@@ -8,7 +8,7 @@ import torch
 
 from tests.slow_reference import CONFIG, ENGRAM, random_ids, random_model
 from workbench.errors import InputError, WorkbenchError
-from workbench.memory.compare import TIMING_ROWS, TIMING_WIDTH, TimingTable, compare_prefill
+from workbench.memory.compare import TIMING_ROWS, TIMING_WIDTH, AlsoRead, TimingTable, compare_prefill
 from workbench.trace import Timeline
 
 WITH_ENGRAM = replace(CONFIG, engram=ENGRAM)
@@ -38,6 +38,7 @@ def test_every_block_and_every_lookup_has_its_spans(measured):
         names = [(span.lane, span.name) for span in timeline.spans if span.lane != "stall"]
         wanted = [("compute", f"layer {n}") for n in range(4)]
         wanted += [("lookup", f"layer {n} {what}") for n in ENGRAM.layer_ids for what in ("hash", "gather")]
+        wanted += [("ids", "token ids")]
         assert sorted(names) == sorted(wanted)
 
 
@@ -79,7 +80,8 @@ def test_the_timing_table_changes_no_value(model):
     ids, table = random_ids(CONFIG, 1, 13), TimingTable(MIB, 13)
     engram = model.blocks[1].engram
     rows = torch.randint(0, engram.hash.rows, (1, 13, ENGRAM.rows_per_token))
-    assert torch.equal(table.also_read(engram.table.gather)(rows), engram.table.gather(rows))
+    both = AlsoRead(engram.table, table, ENGRAM.rows_per_token)
+    assert torch.equal(both.gather(rows.flatten()), engram.table.gather(rows.flatten()))
     scattered = (rows[..., :1] * 2654435761 * torch.arange(1, 2 * TIMING_ROWS, 2) % len(table.values)).flatten()
     assert torch.equal(table.staging.view(torch.int16), table.values[scattered].view(torch.int16))
     assert table.values.nbytes == MIB and ids.shape == (1, 13)

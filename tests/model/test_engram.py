@@ -1,5 +1,7 @@
 """Engram: golden hash vectors, retrieval, gates, convolution, and state that makes decoding equal a prefill."""
 
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +13,8 @@ from tests.slow_reference import CONFIG, ENGRAM, SlowV4, in_pieces, ngram_rows, 
 from workbench.config import EngramConfig
 from workbench.config.primes import is_prime, table_primes
 from workbench.errors import InputError
-from workbench.model.engram import HostTable, NgramHash, check_canonical_ids, hash_multipliers
+from workbench.model.engram import HostTable, NgramHash, check_canonical_ids, engram_off, hash_multipliers
+from workbench.training.recipes import _shared_stream
 
 V41 = EngramConfig(layer_ids=(1, 14), vocab_size=16_000_000, compressed_vocab_size=99092, max_ngram_size=4, head_dim=256)
 DEMO = EngramConfig(layer_ids=(1, 15), vocab_size=646_400, compressed_vocab_size=99092)
@@ -160,8 +163,10 @@ def test_prefetched_and_serial_lookups_give_identical_logits():
 def test_the_table_stays_in_host_memory_and_in_its_own_format():
     table = HostTable(11, 3)
     assert table.to(torch.float64).weight.dtype == torch.float32 and table.to("meta").weight.device.type == "cpu"
-    rows = torch.tensor([[[3, 0], [10, 3]]])
-    assert torch.equal(table.gather(rows)[0, 1], torch.cat([table.weight[10], table.weight[3]]))
+    rows, out = torch.tensor([3, 0, 10, 3]), torch.empty(4, 3)
+    assert torch.equal(table.gather(rows)[2:], torch.stack([table.weight[10], table.weight[3]]))
+    with torch.no_grad():
+        assert torch.equal(table.gather(rows, out=out), table.gather(rows)) and torch.equal(out, table.weight[rows])
 
 
 def test_canonical_ids_must_be_as_many_as_the_hash_was_made_for():
@@ -181,3 +186,69 @@ def test_words_that_differ_only_in_case_share_their_rows():
         for token in twins:
             model(torch.tensor([[5, token, 9]]))
     assert torch.equal(*lookups.rows)
+
+
+def silent_twin(model):
+    """The same weights, but for value projections of zero."""
+    twin = type(model)(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for layer in model.config.engram.layer_ids:
+            twin.blocks[layer].engram.wkv.weight[-model.config.hidden_size :] = 0
+    return twin
+
+
+@pytest.mark.parametrize("family", ["v4", "v41"])
+def test_switched_off_is_a_model_whose_value_is_zero_and_nothing_stays_behind(family):
+    config = WITH_ENGRAM if family == "v4" else _shared_stream(53, 29)
+    model = random_model(config)
+    ids, before = random_ids(config, 2, 37), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    twin = silent_twin(model)
+    for sizes in ([37], random_pieces(37, 3), [1] * 37):
+        on = in_pieces(model, ids, sizes)
+        with engram_off(model):
+            off = in_pieces(model, ids, sizes)
+        assert torch.equal(off, in_pieces(twin, ids, sizes)) and not torch.equal(off, on)
+        assert torch.equal(in_pieces(model, ids, sizes), on)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gates_and_rows_are_still_recorded_while_engram_is_off():
+    model, ids = random_model(WITH_ENGRAM), random_ids(WITH_ENGRAM, 1, 23)
+    seen: dict[str, list] = {"on": [], "off": []}
+    for name, context in (("on", nullcontext()), ("off", engram_off(model))):
+        hook = model.blocks[1].engram.gate_tap.register_forward_hook(lambda _m, _i, out, to=seen[name]: to.append(out))
+        with context, torch.inference_mode():
+            model(ids)
+        hook.remove()
+    assert torch.equal(seen["on"][0].rows, seen["off"][0].rows) and torch.equal(seen["on"][0].gates, seen["off"][0].gates)
+
+
+def test_another_thread_sees_engram_at_work_while_this_one_has_it_off():
+    model, ids = random_model(WITH_ENGRAM), random_ids(WITH_ENGRAM, 1, 23)
+    with torch.inference_mode():
+        on = model(ids)
+    found = []
+
+    def read():
+        with torch.inference_mode():
+            found.append(model(ids))
+
+    with engram_off(model):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+        read()
+    assert torch.equal(found[0], on) and not torch.equal(found[1], on)
+
+
+def test_an_error_inside_leaves_engram_on_and_a_model_without_it_says_so():
+    model, ids = random_model(WITH_ENGRAM), random_ids(WITH_ENGRAM, 1, 7)
+    with torch.inference_mode():
+        on = model(ids)
+        with pytest.raises(ZeroDivisionError), engram_off(model):
+            _ = 1 / 0
+        assert torch.equal(model(ids), on)
+    with pytest.raises(InputError, match="no Engram to switch off"), engram_off(random_model(CONFIG)):
+        pass

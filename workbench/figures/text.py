@@ -138,11 +138,11 @@ def _token(text: str, t: int, query: int, window: float, entries: float) -> str:
     elif t > query:
         classes.append("f")
     named = f' class="{" ".join(classes)}"' if classes else ""
-    return f"<bdi{named}{attributes}>{_escaped(text)}</bdi>"
+    return f"<bdi{named}{attributes}>{escaped(text)}</bdi>"
 
 
-def _escaped(text: str) -> str:
-    """Escaped text; line ends, control characters and white space with nothing around it are drawn, faintly."""
+def escaped(text: str) -> str:
+    """A token's text, escaped; line ends, control characters and white space with nothing around it are drawn, faintly."""
     blank = not text.strip()
     shown = html.escape(style.visible_text(text, MAX_TOKEN_CHARACTERS, "·" if blank else " "), quote=True)
     return f"<i>{shown.replace('⏎', '⏎<br>')}</i>" if blank else shown.replace("⏎", "<i>⏎</i><br>")

@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from workbench.errors import InputError, WorkbenchError
+from workbench.memory.executors import NAMES, executor_name
 from workbench.memory.prefetch import RowFetcher
+from workbench.memory.rows import RowSource
 from workbench.model.language_model import LanguageModel
 from workbench.recorder import Recorder
 from workbench.runtime import device_name, threads_for_run, use_threads
@@ -25,7 +28,7 @@ TIMING_ROWS = 24  # rows read per token, as many as one Engram layer of V4.1-Fla
 
 
 class TimingTable:
-    """A random table in host memory; ``also_read`` wraps a model's gather so that every lookup reads this table too."""
+    """A random table in host memory, and room for the rows that ``tokens`` tokens read of it."""
 
     def __init__(self, table_bytes: int, tokens: int) -> None:
         rows = table_bytes // (2 * TIMING_WIDTH)
@@ -35,26 +38,39 @@ class TimingTable:
         self.values.view(torch.int16).random_(generator=torch.Generator().manual_seed(0))  # touches every page once
         self.staging = torch.empty(tokens * TIMING_ROWS, TIMING_WIDTH, dtype=torch.float16)
 
-    def also_read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        def both(rows: torch.Tensor) -> torch.Tensor:
-            # Hash rows times large odd factors: as many scattered rows per token as wanted, spread over the whole table.
-            factors = 2654435761 * torch.arange(1, 2 * TIMING_ROWS, 2)
-            scattered = (rows[..., :1] * factors % self.values.shape[0]).flatten()
-            torch.index_select(self.values, 0, scattered, out=self.staging[: scattered.numel()])
-            return gather(rows)
+    def read(self, rows: Tensor) -> None:
+        """One model row [n] per token -> as many scattered rows per token as wanted, spread over the whole table, read."""
+        factors = 2654435761 * torch.arange(1, 2 * TIMING_ROWS, 2)  # large and odd
+        scattered = (rows.unsqueeze(-1) * factors % self.values.shape[0]).flatten()
+        torch.index_select(self.values, 0, scattered, out=self.staging[: scattered.numel()])
 
-        return both
+
+class AlsoRead:
+    """A model's table that reads the timing table too whenever it is read, and gives its own rows."""
+
+    in_memory = True
+
+    def __init__(self, source: RowSource, table: TimingTable, rows_per_token: int) -> None:
+        self.source, self.table, self.rows_per_token = source, table, rows_per_token
+        self.width, self.dtype = source.width, source.dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        self.table.read(rows[:: self.rows_per_token])
+        return self.source.gather(rows, out)
+
+    def resident(self, device: torch.device) -> Tensor:
+        return self.source.resident(device)
 
 
 class TimingFetcher(RowFetcher):
     """The model's own fetcher with one more table to read."""
 
-    def __init__(self, table: TimingTable) -> None:
+    def __init__(self, table: TimingTable, rows_per_token: int) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.rows_per_token = table, rows_per_token
 
-    def start(self, layer, hash_rows, gather, policy):  # type: ignore[no-untyped-def]
-        return super().start(layer, hash_rows, self.table.also_read(gather), policy)
+    def start(self, layer, hash_rows, source, policy, *rest):  # type: ignore[no-untyped-def]
+        return super().start(layer, hash_rows, AlsoRead(source, self.table, self.rows_per_token), policy, *rest)
 
 
 def compare_prefill(
@@ -85,7 +101,7 @@ def compare_prefill(
         f"random table made for timing (the model's own holds {own_table / 2**20:.1f} MiB); median of {ROUNDS} rounds"
     )
     twin = copy.copy(model)  # the same layers with another fetcher, so a live run of this model goes on undisturbed
-    twin.fetcher = TimingFetcher(table)
+    twin.fetcher = TimingFetcher(table, engram.rows_per_token)
     rounds: dict[str, list[Timeline]] = {"serial": [], "prefetch": []}
     try:
         for done in range(-2, 2 * ROUNDS):  # the first of each policy warms up and is not counted
@@ -109,8 +125,8 @@ def _measure(model: LanguageModel, ids: torch.Tensor, policy: str, note: str) ->
         start = time.perf_counter()
         model(ids, cache, logits="last", prefetch=policy)
     recorder.finish_step(ids.shape[1], cache)
-    kind = "both on this CPU's cores" if model.device.type == "cpu" else "compute on the accelerator"
-    return Timeline("measured", recorder.timeline_since(start), device_name(str(model.device)), f"{note}; {kind}")
+    who = f"executor {NAMES[executor_name(model.device)]}"
+    return Timeline("measured", recorder.timeline_since(start), device_name(str(model.device)), f"{note}; {who}")
 
 
 def _duration(timeline: Timeline) -> float:

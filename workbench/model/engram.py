@@ -9,7 +9,10 @@ n-gram, R rows per token, M streams, C model dim.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +24,9 @@ from workbench.config import DeepSeekV4Config, EngramConfig
 from workbench.config.primes import table_primes
 from workbench.errors import InputError
 from workbench.model.layers import Tap
+
+if TYPE_CHECKING:
+    from workbench.model.language_model import LanguageModel
 
 
 def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
@@ -91,18 +97,36 @@ class NgramHash:
 
 
 class HostTable(nn.Module):
-    """Rows that stay in host memory whatever device the model moves to."""
+    """Rows that stay in host memory whatever device the model moves to: a ``RowSource`` (memory/prefetch.py)."""
+
+    in_memory = True
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
+        self.width = width
         self.weight = nn.Parameter(0.02 * torch.randn(rows, width))
+        self._copy: tuple[int, int, Tensor] | None = None  # on a device: the weight's address and version, the rows
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # model.to(device) must not move the table
         return self
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """rows [B, T, R] -> values [B, T, R * width]; index_select releases the interpreter lock while it works."""
-        return torch.index_select(self.weight, 0, rows.flatten()).view(*rows.shape[:2], -1)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """rows [n] -> values [n, width], into ``out`` if given; index_select releases the interpreter lock while it works."""
+        return torch.index_select(self.weight, 0, rows, out=out)
+
+    def resident(self, device: torch.device) -> Tensor:
+        """All rows [rows, width] on ``device``: themselves on the host, elsewhere a copy kept until the rows change."""
+        weight = self.weight.detach()
+        if device == weight.device:
+            return weight
+        now = weight.data_ptr(), 0 if weight.is_inference() else self.weight._version
+        if self._copy is None or self._copy[:2] != now or self._copy[2].device != device:
+            self._copy = (*now, weight.to(device))
+        return self._copy[2]
 
 
 class EngramGates(NamedTuple):
@@ -165,6 +189,34 @@ class Engram(nn.Module):
         line = F.pad(line, (0, 0, self.state_length + t - line.shape[1], 0))
         mixed = sum(line[:, i * self.dilation : i * self.dilation + t] * self.conv[:, i] for i in range(self.kernel))
         return streams + F.silu(mixed).view_as(value) + value, keep  # type: ignore[arg-type]
+
+
+@contextmanager
+def engram_off(model: LanguageModel) -> Iterator[None]:
+    """Within the block this thread's calls of ``model`` run with every Engram value zero: the streams pass unchanged.
+
+    The same numbers as from a model whose value projection is zero; rows are looked up and gates worked out as ever, and other
+    threads see Engram at work. Nothing of the model changes; the hooks go when the block ends, also after an error. A cache
+    filled in the block has no convolution state of Engram's, so do not go on with it outside. Raises InputError for a model
+    without Engram.
+    """
+    layers = [block.engram for block in model.blocks if hasattr(block, "engram")]
+    if not layers:
+        raise InputError(f"{model.name} has no Engram to switch off; load 'tiny-v4-engram'")
+    thread, width = threading.get_ident(), model.config.hidden_size
+
+    def silence(_module: nn.Module, _inputs: tuple[Tensor, ...], kv: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:
+            return None
+        keys, value = kv.split([kv.shape[-1] - width, width], dim=-1)  # the value that all streams share comes last
+        return torch.cat([keys, torch.zeros_like(value)], dim=-1)
+
+    hooks = [layer.wkv.register_forward_hook(silence) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_canonical_ids(canonical: Tensor, engram: EngramConfig) -> None:

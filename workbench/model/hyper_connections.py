@@ -24,7 +24,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """
     a = torch.softmax(logits, dim=-1) + eps
     if len(a) <= FEW_MATRICES and a.shape[-1] == 4 and a.is_cpu and not a.requires_grad:
-        return torch.tensor([_balance_4x4(rows, iterations, eps) for rows in a.tolist()], dtype=a.dtype)
+        return torch.tensor([balance_4x4(rows, iterations, eps) for rows in a.tolist()], dtype=a.dtype)
     # Sums over tiny trailing axes are slow; with the many matrices last, every operation runs along long contiguous rows.
     a = a.permute(1, 2, 0).contiguous()  # [row, column, N]
     a = a / (a.sum(0, keepdim=True) + eps)
@@ -37,7 +37,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
 Row = list[float]
 
 
-def _balance_4x4(rows: list[Row], iterations: int, eps: float) -> list[Row]:
+def balance_4x4(rows: list[Row], iterations: int, eps: float) -> list[Row]:
     """Sinkhorn's steps on one matrix, in plain numbers: a decoded token's share of the work.
 
     Four streams are what every released model has, and 120 tensor operations on 16 numbers cost four times as much. The rows

@@ -230,6 +230,12 @@ class BlockTail:
         first, self.count = self.count, self.count + pair.shape[2]
         self._open[:, :, first : self.count] = pair.detach()
 
+    def next_row(self) -> tuple[Tensor, Tensor]:
+        """Where values and scores of one more token of the open block are to be written, [width] each, in a batch of one."""
+        self.count += 1
+        values, scores = self._open[:, 0, self.count - 1]
+        return values, scores
+
     def keep(self, rest: Tensor, last_block: Tensor | None, finished: int) -> None:
         """rest [2, B, r, width] becomes the open block; last_block [2, B, R, overlap] the new look-back."""
         self.count = rest.shape[2]

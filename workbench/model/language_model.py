@@ -5,6 +5,7 @@ Letters: B batch, T new tokens, M streams, C model dim, V words.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from workbench.config import ModelConfig
 from workbench.errors import InputError
-from workbench.memory.prefetch import POLICIES, Fetch, RowFetcher
+from workbench.memory.prefetch import POLICIES, TRAINING, Fetch, RowFetcher
 from workbench.model.kv_cache import KVCache
-from workbench.model.layers import RMSNorm
+from workbench.model.layers import RMSNorm, Tap
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,7 +30,8 @@ class LanguageModel(nn.Module):
     """A decoder of any family; the families say how their layers run (``run_layers``) and what the head reads (``merge``).
 
     ``tokenizer`` is None unless a checkpoint brought one. Recorders rely on what every layer has: ``attn.attention_tap``,
-    ``attn.indexer.index_tap`` where it runs an indexer, ``engram.gate_tap`` and ``lookup_tap`` where it has Engram.
+    ``attn.indexer.index_tap`` where it runs an indexer, ``engram.gate_tap`` and ``lookup_tap`` where it has Engram, and
+    the model's own ``canonical_tap`` if any layer has it.
     """
 
     engram_canonical_ids: Tensor
@@ -46,6 +48,7 @@ class LanguageModel(nn.Module):
         if config.engram:
             canonical = torch.arange(config.vocab_size).clamp(max=config.engram.compressed_vocab_size - 1)
             self.register_buffer("engram_canonical_ids", canonical)
+            self.canonical_tap = Tap()
         self.fetcher = RowFetcher()
 
     def run_layers(
@@ -94,7 +97,7 @@ class LanguageModel(nn.Module):
         """Token ids [B, T] -> float32 logits [B, T, V], or [B, 1, V] with logits="last".
 
         ``cache`` holds the tokens before these and grows by T. ``topk`` keeps another number of entries than configured;
-        ``prefetch`` says when Engram rows are fetched ("prefetch" or "serial"), which changes time and no value.
+        ``prefetch`` says when Engram rows are fetched ("prefetch", "serial" or "resident"), which changes time and no value.
         Raises InputError for ids of another shape or range, a cache of another model or batch size, more positions than the
         limit, or a ``topk`` for a model that attends to everything.
         """
@@ -103,12 +106,21 @@ class LanguageModel(nn.Module):
     def _call(
         self, run_layers: RunLayers, ids: Tensor, cache: KVCache | None, logits: str, topk: int | None, prefetch: str
     ) -> Tensor:
-        start = cache.length if cache is not None else 0
+        began, start = time.perf_counter(), cache.length if cache is not None else 0
         self._check(ids, cache, start, logits, topk, prefetch)
         ids = ids.to(self.device)
         if cache is not None:
             cache.whole = False  # until every layer has taken in the new tokens
-        hidden = run_layers(ids, start, cache, self._start_lookups(ids, cache, prefetch), topk)
+        fetches: dict[int, Fetch] = {}
+        try:
+            self._start_lookups(ids, cache, prefetch, fetches, began)
+            hidden = run_layers(ids, start, cache, fetches, topk)
+        except BaseException:
+            self.fetcher.retire()  # an interrupt may have come while a read hung; the next call gets another worker
+            raise
+        finally:
+            for fetch in fetches.values():
+                fetch.release()
         if cache is not None:
             cache.length += ids.shape[1]
             cache.whole = True
@@ -120,14 +132,16 @@ class LanguageModel(nn.Module):
         """What Engram hashes for token ids [B, T]; negative where a token is masked from it."""
         return self.engram_canonical_ids[ids]
 
-    def _start_lookups(self, ids: Tensor, cache: KVCache | None, policy: str) -> dict[int, Fetch]:
-        """Hash and gather depend on token ids alone, so they can begin before the first layer does."""
+    def _start_lookups(
+        self, ids: Tensor, cache: KVCache | None, policy: str, fetches: dict[int, Fetch], began_s: float
+    ) -> None:
+        """Hash and gather depend on token ids alone, so they can begin before the first layer does. Fills ``fetches``."""
         engram = self.config.engram
         if engram is None:
-            return {}
+            return
         if torch.is_grad_enabled():
-            policy = "serial"  # autograd records in the thread that trains
-        canonical = self.canonical_ids(ids).cpu()
+            policy = TRAINING  # autograd records in the thread that trains
+        canonical = self.canonical_tap(self.canonical_ids(ids).cpu())
         pad = int(self.engram_canonical_ids[engram.pad_token_id])
         memory = cache.engram if cache is not None else None
         lookback = memory.ids if memory else canonical[:, :0]
@@ -135,18 +149,16 @@ class LanguageModel(nn.Module):
             memory.count_read()
             joined = torch.cat([lookback, canonical], dim=1)
             memory.ids = joined[:, max(0, joined.shape[1] - memory.lookback) :].clone()
-        fetches = {}
-        for layer in engram.layer_ids:
+        for layer in sorted(engram.layer_ids):  # in the order of need: one worker serves them in turn
             module = self.blocks[layer].engram
             hash_rows = partial(module.hash, canonical, lookback, pad)
-            fetches[layer] = self.fetcher.start(layer, hash_rows, module.table.gather, policy)
-        return fetches
+            fetches[layer] = self.fetcher.start(layer, hash_rows, module.table, policy, self.device, began_s)
 
     def _check(self, ids: Tensor, cache: KVCache | None, start: int, logits: str, topk: int | None, prefetch: str) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
             got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise InputError(f"ids must be a non-empty integer tensor [batch, tokens], got {got}")
-        low, high = int(ids.min()), int(ids.max())
+        low, high = (int(ids), int(ids)) if ids.numel() == 1 else (int(ids.min()), int(ids.max()))
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {low}..{high}")
         if start + ids.shape[1] > self.config.max_position_embeddings:

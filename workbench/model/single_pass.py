@@ -65,8 +65,9 @@ class SinglePassBlock(nn.Module):
         """``publish=False``: this Full layer's entries are in ``flow.shared`` already."""
         x, pre, shared = flow
         if fetch is not None:
-            lookup = self.lookup_tap(fetch.result())
-            x, _ = self.engram(x, lookup.rows, lookup.memory.to(x), masked=masked)
+            with fetch as lookup:
+                self.lookup_tap(lookup)
+                x, _ = self.engram(x, lookup.rows, lookup.memory.to(x), masked=masked)
         read = self.attn_norm(collapse(x, pre))
         pre, post, mix = self.hc_attn.weights(x)
         y, shared = self.attn(read, at, cache, shared, publish=publish)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workbench.config import HybridConfig
 from workbench.memory.prefetch import Fetch
+from workbench.model import one_token
 from workbench.model.attention.hybrid import HybridAttention, Positions
 from workbench.model.engram import Engram
 from workbench.model.hyper_connections import HyperConnection, HyperHead
@@ -43,16 +44,18 @@ class Block(nn.Module):
     ) -> Tensor:
         """streams x [B, T, M, C] -> [B, T, M, C]."""
         if fetch is not None:
-            x = self._remember(x, fetch, memory)
+            x = self.remember(x, fetch, memory)
         y, post, mix = self.hc_attn(x)
         x = self.hc_attn.write(x, self.attn(self.attn_norm(y), at, cache), post, mix)
         y, post, mix = self.hc_ffn(x)
         return self.hc_ffn.write(x, self.ffn(self.ffn_norm(y), ids), post, mix)
 
-    def _remember(self, x: Tensor, fetch: Fetch, memory: EngramState | None) -> Tensor:
-        lookup = self.lookup_tap(fetch.result())
+    def remember(self, x: Tensor, fetch: Fetch, memory: EngramState | None) -> Tensor:
+        """Engram's rows join the streams x [B, T, M, C]."""
         past = memory.conv.get(self.layer) if memory else None
-        x, keep = self.engram(x, lookup.rows, lookup.memory.to(x), past)
+        with fetch as lookup:
+            self.lookup_tap(lookup)
+            x, keep = self.engram(x, lookup.rows, lookup.memory.to(x), past)
         if memory and keep is not None:
             memory.conv[self.layer] = keep.detach().to(torch.float32, copy=True)  # a view would keep the whole call alive
         return x
@@ -76,6 +79,8 @@ class V4Model(LanguageModel):
         """The M streams after the last layer, [B, T, M, C]."""
         positions = torch.arange(start, start + ids.shape[1], device=self.device)
         at = Positions(start, self.window_rotary(positions), self.compressed_rotary(positions), topk)
+        if cache is not None and one_token.applies(self, ids, cache):
+            return one_token.run_layers(self, ids, at, cache, fetches)
         x = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         memory = cache.engram if cache is not None else None
         for layer, block in enumerate(self.blocks):
@@ -83,4 +88,6 @@ class V4Model(LanguageModel):
         return x
 
     def merge(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[:3] == (1, 1, one_token.STREAMS) and one_token.plain(hidden):
+            return one_token.merge(self.hc_head, hidden)
         return self.hc_head(hidden)

@@ -49,6 +49,7 @@ class Recipe:
     once_share: float = 0.25  # and streams that ask for each key once, over all distances
     tally_share: float = 0.0  # and sequences that ask for the most frequent of many values (training/tally.py)
     index_topk: int = 8  # of the "v4" family
+    held_steps: int = 0  # at the start, in which the first layer's attention keeps its head start (training/head_start.py)
     muon_lr: float = 1e-2
     adam_lr: float = 5e-3
     table_lr: float = 1e-2
@@ -113,9 +114,9 @@ def _grouped(vocab_size: int) -> DenseConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         intermediate_size=256,
-        rope=RopeConfig(theta=160000.0),
+        rope=RopeConfig(theta=1e6),  # half of the channels turn by less than a radian in 256 tokens and can compare words
         max_position_embeddings=131072,
     )
 
@@ -162,20 +163,20 @@ def _shared_stream(vocab_size: int, compressed_vocab_size: int) -> SharedStreamC
 
 
 def _latent(vocab_size: int) -> LatentConfig:
-    """V3.2: a row is as wide as an entry of the tiny V4, and 32 tokens are as many as its 8 entries stand for."""
+    """V3.2: rows a little wider than the tiny V4's entries, as in the releases; 32 tokens are what 8 entries stand for."""
     return LatentConfig(
         vocab_size=vocab_size,
         hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
         q_lora_rank=64,
-        kv_lora_rank=48,
+        kv_lora_rank=64,
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
         v_head_dim=32,
         intermediate_size=256,
         index_n_heads=4,
-        index_head_dim=32,
+        index_head_dim=64,
         index_topk=32,
         first_k_dense_replace=1,
         n_routed_experts=8,
@@ -224,9 +225,9 @@ RECIPES = {
     for recipe in (
         _TINY_V4,
         replace(_TINY_V4, name="tiny-v4-engram", engram=True),
-        replace(_TINY_V4, name="tiny-v41", family="v41", engram=True, phases=_RECALLING_PHASES),
-        replace(_TINY_V4, name="tiny-mla-dsa", family="mla-dsa"),
-        replace(_TINY_V4, name="tiny-gqa", family="gqa", phases=_DENSE_PHASES),
+        replace(_TINY_V4, name="tiny-v41", family="v41", engram=True, phases=_RECALLING_PHASES, held_steps=400),
+        replace(_TINY_V4, name="tiny-mla-dsa", family="mla-dsa", phases=_RECALLING_PHASES, held_steps=400),
+        replace(_TINY_V4, name="tiny-gqa", family="gqa", phases=_DENSE_PHASES, held_steps=400),
         _TALLY,
     )
 }

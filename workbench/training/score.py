@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from workbench.config import ModelConfig
+from workbench.errors import InputError
 from workbench.model.language_model import LanguageModel
 from workbench.recorder import selecting_attention
+from workbench.runtime import device_name, threads_for_run, use_threads
 from workbench.trace import INDEXING
 from workbench.training import tally, tasks
 
@@ -238,3 +240,44 @@ def tally_scores(model: LanguageModel, heldout: np.ndarray, *, sequences: int = 
         "chance": 1 / len(tasks.VALUES),
         "records_found": {str(k): needle_hits(model, batches[:6], k, sought=all_records) for k in kept},  # 960 records
     }
+
+
+@torch.inference_mode()
+def storage_cost(
+    model: LanguageModel,
+    storage: str = "released",
+    *,
+    windows: int = 16,
+    streams: int = 32,
+    length: int = 256,
+    seed: int = SEED,
+) -> dict[str, Any]:
+    """What keeping the KV cache in ``storage`` costs beside "fp32": both read the same held-out text through their caches.
+
+    Keys are "loss" and "recall" for each storage (nats per token; share of needles answered), "kl" from fp32 to ``storage`` in
+    nats per token, "changed", the share of tokens whose likeliest successor is another one, "kv_bytes" for each storage and
+    what was counted ("tokens", "questions"). InputError for an unknown storage and a model without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise InputError("this model has no tokenizer, so there is no text to read; load a shipped model")
+    use_threads(threads_for_run())
+    text = np.asarray(model.tokenizer.encode(tasks.heldout_sample()).ids, np.int64)
+    starts = np.linspace(0, len(text) - length - 1, windows).astype(int)
+    rows = torch.from_numpy(np.stack([text[s : s + length + 1] for s in starts])).to(model.device)
+    batch = tasks.RecallStream.asked_once(model.tokenizer, text).batch(np.random.default_rng(seed), streams, length)
+    row, t = np.nonzero(batch.read_mask)
+    asked = torch.from_numpy(batch.ids).to(model.device)
+    found: dict[str, Any] = {"storage": storage, "tokens": windows * length, "questions": len(row)}
+    found |= {"loss": {}, "recall": {}, "kv_bytes": {}}
+    logs: list[torch.Tensor] = []
+    for kept in ("fp32", storage):
+        cache = model.new_cache(windows, kept)
+        logs.append(model(rows[:, :-1], cache).log_softmax(-1))
+        found["loss"][kept] = float(F.nll_loss(logs[-1].flatten(0, 1), rows[:, 1:].flatten()))
+        guesses = model(asked, model.new_cache(streams, kept)).argmax(-1).cpu().numpy()
+        found["recall"][kept] = float((guesses[row, t] == batch.ids[row, t + 1]).mean())
+        found["kv_bytes"][kept] = cache.nbytes // windows
+    exact, other = logs
+    found["kl"] = float((exact.exp() * (exact - other)).sum(-1).mean())
+    found["changed"] = float((exact.argmax(-1) != other.argmax(-1)).float().mean())
+    return found | {"label": f"{model.name} ({model.what}), measured on {device_name(str(model.device))}"}

@@ -31,6 +31,7 @@ from workbench.model.families import model_class
 from workbench.model.language_model import LanguageModel
 from workbench.model.moe import MoE
 from workbench.model.plain import PlainModel
+from workbench.model.single_pass import V41Model
 from workbench.recorder import selecting_attention
 from workbench.training import tally, tasks
 from workbench.training.head_start import give_head_start
@@ -78,7 +79,7 @@ def build(recipe: Recipe, data: Data) -> LanguageModel:
     """
     config = recipe.config(int(data.canonical.max()) + 1)
     model = model_class(config).untrained(config, recipe.seed)
-    if isinstance(model, PlainModel):
+    if isinstance(model, PlainModel | V41Model):
         give_head_start(model)
     if recipe.start_from:
         model.load_state_dict(checkpoint.load(recipe.start_from, device="cpu").state_dict())
@@ -249,6 +250,7 @@ def train(recipe: str | Recipe, out: Path, *, fresh: bool = False, progress: Pro
         for part, rates in zip(parts, base_rates, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(recipe, step, total)
+        model.blocks[0].attn.requires_grad_(step >= recipe.held_steps)
         dense = not warmed_up(curve, phase)
         losses = train_step(model, parts, recipe, make_batch(recipe, data, streams, phase, step), dense)
         step += 1

@@ -15,9 +15,13 @@ from workbench.widgets.session import FINAL_STATES, Session, session_of
 if TYPE_CHECKING:
     from workbench.live import LiveRun
 
-SHIPPED = ("tiny-v4", "tiny-v4-engram")
+SHIPPED = ("tiny-v4", "tiny-v4-engram", "tiny-v41", "tiny-mla-dsa", "tiny-gqa", "tiny-v4-tally")
 MAX_NEW_TOKENS = 4096
-POLICIES = {"look up ahead (prefetch)": "prefetch", "look up when needed (serial)": "serial"}
+POLICIES = {
+    "look up ahead (prefetch)": "prefetch",
+    "look up when needed (serial)": "serial",
+    "on the device already (resident)": "resident",
+}
 WIDE, NARROW = ipw.Layout(width="100%"), ipw.Layout(width="min(100%, 320px)")
 TEXT_STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4; margin-top: 4px"
 LABELS = {"description_width": "110px"}
