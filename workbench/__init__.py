@@ -28,6 +28,8 @@ _HOME = {
     "true_size_layer": "true_size",
     "EngramTable": "memory.table",
     "HotRows": "memory.hot_rows",
+    "use_tables": "model.engram",
+    "write_tables": "model.engram",
     "hide_needle": "needle",
     "find_needle": "needle",
     "needle_rates": "needle",

@@ -2,7 +2,7 @@
 
     fp16   2 bytes a value, read as float16
     bf16   2 bytes a value, read as float32
-    fp8    W codes, then W / 32 scale bytes: 264 bytes for 256 values, read as float32: e4m3 * 2^(s - 127)
+    fp8    W codes, then a scale byte for each run of 32: 264 bytes for 256 values, read as float32: e4m3 * 2^(s - 127)
 
 (reference/deepseek-v41.md, section 6, "Row storage".) Decoding is exact: float32 holds every one of these values. Stored rows
 are arrays of bytes [n, row bytes]; values are arrays [n, W].
@@ -26,19 +26,15 @@ _SCALES = np.ldexp(np.float32(1), np.arange(_NO_SCALE) - SCALE_BIAS).astype(np.f
 
 
 def row_bytes(dtype: str, width: int) -> int:
-    """Bytes of a row. Raises InputError for an unknown dtype, or an fp8 width that is not a multiple of 32."""
+    """Bytes of a row. Raises InputError for an unknown dtype."""
     if dtype not in FORMATS:
         raise InputError(f"a table's dtype is one of {', '.join(FORMATS)}, got {dtype!r}")
-    if dtype != "fp8":
-        return 2 * width
-    if width % SCALE_RUN:
-        raise InputError(f"fp8 rows have one scale per {SCALE_RUN} values, so their width is a multiple of it, got {width}")
-    return width + width // SCALE_RUN
+    return width + -(-width // SCALE_RUN) if dtype == "fp8" else 2 * width
 
 
 def width_of(dtype: str, nbytes: int) -> int:
     """Values of a row of that many bytes."""
-    return nbytes * SCALE_RUN // (SCALE_RUN + 1) if dtype == "fp8" else nbytes // 2
+    return nbytes - -(-nbytes // (SCALE_RUN + 1)) if dtype == "fp8" else nbytes // 2
 
 
 def value_dtype(dtype: str) -> np.dtype:
@@ -67,9 +63,8 @@ def decode(raw: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.nda
     np.left_shift(moved, 20, out=moved)
     np.bitwise_and(moved, _SIGN_AND_VALUE, out=moved)
     np.multiply(out, _BIAS_DIFFERENCE, out=out)
-    runs = out.reshape(len(raw), -1, SCALE_RUN)
-    np.multiply(runs, np.take(_SCALES, raw[:, width:], mode="clip")[:, :, None], out=runs)
-    return out
+    scales = np.repeat(np.take(_SCALES, raw[:, width:], mode="clip"), SCALE_RUN, axis=1)
+    return np.multiply(out, scales[:, :width], out=out)
 
 
 def encode(values: Any, dtype: str) -> np.ndarray:

@@ -259,6 +259,17 @@ class EngramTable:
         np.take(raw, ids, axis=0, out=out.reshape(len(ids), self.row_bytes), mode="clip")
         return out
 
+    def all_values(self) -> np.ndarray:
+        """Every row's values [rows, width]: of fp16 the mapped file itself, not to be written to; else decoded into memory.
+
+        Raises InputError if decoded they do not fit in memory.
+        """
+        raw = self._readable()
+        if self.dtype != "fp16" and (size := self.rows * self.width * self.value_dtype.itemsize) > available_bytes():
+            needs = f"{size_text(size)} but {size_text(available_bytes())} of memory are free"
+            raise InputError(f"{self.path.name} decoded takes {needs}; gather rows of it")
+        return raw.view(np.float16) if self.dtype == "fp16" else self.gather(np.arange(self.rows))
+
     def decode(self, stored: np.ndarray) -> np.ndarray:
         """What ``gather_raw`` gave for row numbers [n], to values [n, width]; of fp16 it is a view."""
         return row_formats.decode(np.ascontiguousarray(stored), self.dtype)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +25,13 @@ from torch import Tensor, nn
 from workbench.config import DeepSeekV4Config, EngramConfig
 from workbench.config.primes import table_primes
 from workbench.errors import InputError
+from workbench.memory.hot_rows import HotRows
+from workbench.memory.table import EngramTable
 from workbench.model.layers import Tap
 
 if TYPE_CHECKING:
     from workbench.model.language_model import LanguageModel
+    from workbench.progress import Report
 
 
 def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
@@ -151,7 +156,7 @@ class Engram(nn.Module):
         self.dilation, self.kernel = engram.max_ngram_size, engram.conv_kernel_size
         self.state_length = engram.conv_state_length
         self.hash = NgramHash(engram, layer)
-        self.table = HostTable(self.hash.rows, engram.head_dim)
+        self.table: HostTable | FileTable = HostTable(self.hash.rows, engram.head_dim)
         self.wkv = nn.Linear(engram.memory_width, (m + 1) * c, bias=False)  # one key per stream, the shared value last
         self.q_weight = nn.Parameter(torch.ones(m, c))
         self.k_weight = nn.Parameter(torch.ones(m, c))
@@ -224,3 +229,90 @@ def check_canonical_ids(canonical: Tensor, engram: EngramConfig) -> None:
     found = int(canonical.max()) + 1
     if found != engram.compressed_vocab_size or int(canonical.min()) < 0:
         raise InputError(f"tokenizer compression gives {found} ids, the config says {engram.compressed_vocab_size}")
+
+
+class FileTable(nn.Module):
+    """Rows that a model reads from an ``EngramTable`` or through ``HotRows`` instead of holding them; see ``use_tables``."""
+
+    def __init__(self, table: EngramTable | HotRows) -> None:
+        super().__init__()
+        self.source, self.width, self.in_memory = table, table.width, table.in_memory
+        self.dtype = torch.float16 if table.value_dtype == np.float16 else torch.float32
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """rows [n] -> values [n, width], into ``out`` if given; rows [B, T, R] -> [B, T, R * width]. Nothing is learnt."""
+        values = torch.from_numpy(self.source.gather(rows.numpy(), None if out is None else out.numpy()))
+        return values if rows.dim() < 2 else values.flatten(-2)
+
+    def resident(self, device: torch.device) -> Tensor:
+        """All rows [rows, width], a copy on ``device``."""
+        return self.weight.to(device, copy=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows [rows, width]: of an fp16 table the mapped file itself, else decoded."""
+        table = self.source.table if isinstance(self.source, HotRows) else self.source
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+            return torch.from_numpy(table.all_values())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight  # a model that is saved has its rows
+
+
+def table_path(folder: str | Path, layer: int) -> Path:
+    """Where ``write_tables`` puts the table of a layer."""
+    return Path(folder) / f"engram-layer-{layer}.table"
+
+
+def write_tables(model: LanguageModel, folder: str | Path, dtype: str = "fp16", progress: Report | None = None) -> list[Path]:
+    """Write each Engram layer's rows as an ``EngramTable`` in ``folder`` (made if missing), for ``use_tables``.
+
+    "fp16" keeps the rows of a shipped checkpoint, stored so, exactly; "bf16" and "fp8" round. Raises InputError for a model
+    without Engram or rows too large for ``dtype``; WorkbenchError if the files cannot be written.
+    """
+    layers, folder = _engram_layers(model), Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); give a folder you may write in") from None
+    paths = []
+    for layer, module in layers.items():
+        weight = module.table.weight.detach()
+        pieces = (piece.float().numpy() for piece in weight.split(2**14))
+        path, content = table_path(folder, layer), f"{model.name}, layer {layer}"
+        EngramTable.from_rows(path, pieces, dtype, content=content, progress=progress).close()
+        paths.append(path)
+    return paths
+
+
+def use_tables(model: LanguageModel, folder: str | Path, *, hot_rows: int = 0, in_memory: bool = False) -> None:
+    """Let ``model`` read its Engram rows from the files that ``write_tables`` made, and free those it held.
+
+    Same rows, same logits: bit for bit where the files hold the rows exactly. ``hot_rows`` puts a cache of so many rows before
+    each file, for tables that memory cannot hold; ``in_memory`` reads the files whole. Rows on disk are not trained.
+    Raises InputError, leaving the model as it was, for a model without Engram or a file that is missing, damaged or of
+    another shape.
+    """
+    layers = _engram_layers(model)
+    opened: dict[int, EngramTable] = {}
+    try:
+        for layer, module in layers.items():
+            table = opened[layer] = EngramTable.open(table_path(folder, layer), in_memory=in_memory)
+            rows, width = module.hash.rows, model.config.engram.head_dim
+            if (table.rows, table.width) != (rows, width):
+                shapes = f"{table.rows:,} rows of {table.width} values, but layer {layer} reads {rows:,} of {width}"
+                raise InputError(f"{table.path} has {shapes}; make tables of this model with write_tables")
+        sources = {layer: HotRows(table, hot_rows) if hot_rows else table for layer, table in opened.items()}
+    except BaseException:
+        for table in opened.values():
+            table.close()
+        raise
+    for layer, module in layers.items():
+        module.table = FileTable(sources[layer])
+
+
+def _engram_layers(model: LanguageModel) -> dict[int, Engram]:
+    if model.config.engram is None:
+        raise InputError(f"{model.name} has no Engram layers, so it has no tables; load 'tiny-v4-engram'")
+    return {layer: model.blocks[layer].engram for layer in model.config.engram.layer_ids}
