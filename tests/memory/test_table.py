@@ -87,8 +87,10 @@ def test_gather_fills_the_buffer_it_is_given(table):
 
 
 def test_every_fp8_code_and_scale_is_decoded_exactly(tmp_path):
-    codes = np.tile(np.delete(np.arange(256, dtype=np.uint8), [0x7F, 0xFF]), 255).reshape(-1, 32)[: 255 * 7]
-    scales = np.repeat(np.arange(255, dtype=np.uint8), 7)[:, None]
+    codes = np.arange(256, dtype=np.uint8)
+    codes[[0x7F, 0xFF]] = 0  # the two that are NaN
+    codes = np.tile(codes.reshape(8, 32), (255, 1))
+    scales = np.repeat(np.arange(255, dtype=np.uint8), 8)[:, None]
     with EngramTable.from_rows(tmp_path / "t", np.hstack([codes, scales]), "fp8") as table:
         found = table.gather(np.arange(table.rows))
         np.testing.assert_array_equal(table.gather_raw([[2]])[0, 0], np.hstack([codes[2], scales[2]]))
@@ -194,7 +196,7 @@ def test_rows_are_addressed_across_64_gib_of_which_few_are_written(tmp_path):
     assert not table.gather([5, 2**23 + 1, rows // 2 + 1, rows - 3]).any()
     with pytest.raises(InputError, match="must lie in 0..268435455"):
         table.gather(rows)
-    with pytest.raises(WorkbenchError, match=r"rows differ.*5 of 16384 parts, within rows 0\.\.268,435,455"):
+    with pytest.raises(WorkbenchError, match=r"rows differ.*6 of 16384 parts, within rows 0\.\.268,435,455"):
         table.verify()
     table.close()
 
@@ -257,7 +259,7 @@ def changed(path: Path, offset: int, data: bytes, *, resealed: bool) -> None:
         (lambda path: os.truncate(path, path.stat().st_size - 1), "cut short"),
         (lambda path: os.truncate(path, path.stat().st_size + 1), "goes on after its end"),
         (lambda path: changed(path, 0, b"WBENGRAX", resealed=True), "is not an Engram table"),
-        (lambda path: changed(path, 8, struct.pack("<I", 2), resealed=True), "version 2, here version 1"),
+        (lambda path: changed(path, 8, struct.pack("<I", 2), resealed=True), "version 2, this workbench reads version 1"),
         (lambda path: changed(path, 20, struct.pack("<Q", 60), resealed=False), "damaged header"),
         (lambda path: changed(path, 3000, b"\1", resealed=False), "damaged header"),
         (lambda path: changed(path, 20, struct.pack("<Q", 60), resealed=True), "contradicts itself"),
@@ -412,7 +414,7 @@ def test_a_write_that_fails_leaves_no_file_and_an_older_table_as_it_was(
     held = path.read_bytes() if older else None
     monkeypatch.setattr(table_file, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(table_file.os, "write", failing_write(after, error))
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message or None):
         EngramTable.create(path, 2000, 8)
     assert [p.name for p in tmp_path.iterdir()] == (["t"] if older else [])
     assert not older or path.read_bytes() == held
