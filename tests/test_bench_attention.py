@@ -17,7 +17,7 @@ def test_the_work_of_a_prefill_grows_with_what_is_seen_and_that_of_a_token_is_co
     with torch.inference_mode():
         moved, operations = bench.decode_work(model, 16384)
     assert 10e6 < moved < 60e6
-    assert operations < 1300  # this is what decoding costs; it was 2,300 with a tensor operation for every Sinkhorn step
+    assert operations < 700  # this is what decoding costs; it was 1,074 with the general forms (model/one_token.py)
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_prefill_and_decode_are_faster_than_transformers_and_decode_hardly_slows
     with torch.inference_mode():
         speed = bench.speed(ours, bench.their_model(ours), 16384, 2)
         growth = bench.growth(ours, 4096, 65536)
-    assert speed["prefill ratio"] > 3 and speed["decode ratio"] > 1.2 and growth["ratio"] < 2
+    assert speed["prefill ratio"] > 3 and speed["decode ratio"] > 2 and growth["ratio"] < 2
 
 
 @pytest.mark.slow
