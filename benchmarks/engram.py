@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         path = Path(folder) / f"{sizes[-1]}.table"
         found["cold"] = cold(path, 3 if options.quick else 7)
         found["longest gap"] = longest_gap(path)
-        print(
-            f"a thread that spins beside one gather is kept waiting {found['longest gap']:.0%} of it at most (1: the whole time)"
-        )
+        print(f"a thread that spins beside one gather waits at most {found['longest gap']:.0%} of it in one go")
         found["hot rows"] = hot_rows(Path(folder), 4_000 if options.quick else 60_000)
     found["load after"] = machine()["load_average"]
     worst = max(size["ratio"] for size in found["sizes"])
