@@ -43,7 +43,7 @@ from workbench.model.compressor import Compressor
 from workbench.model.indexer import topk_lower_first
 from workbench.model.kv_cache import KVCache, gather_rows
 from workbench.model.transformer import V4Model
-from workbench.runtime import device_name, machine, pick_device, synchronize, use_threads
+from workbench.runtime import device_name, machine, pick_device, slug, synchronize, use_threads
 
 CONFIG = HybridConfig(
     vocab_size=512,
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     report(found)
     if not options.quick:
         RESULTS.mkdir(exist_ok=True)
-        name = re.sub(r"[^a-z0-9]+", "-", f"{device_name(device)} {options.dtype}".lower()).strip("-")
+        name = slug(f"{device_name(device)} {options.dtype}")
         path = RESULTS / f"attention-{name}.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"stored in {path}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import sys
@@ -32,7 +31,7 @@ from workbench.live import encode
 from workbench.memory.hot_rows import HotRows
 from workbench.memory.table import EngramTable
 from workbench.needle import sample_text
-from workbench.runtime import available_bytes, machine, size_text
+from workbench.runtime import available_bytes, machine, size_text, slug
 
 WIDTH, TOTAL = 80, 2**30  # values of a row; bytes of the largest table
 SIZES = (2**24, 2**26, 2**28, 2**30)
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     worst = max(size["ratio"] for size in found["sizes"])
     print(f"\ngather in memory takes at most {worst:.2f} times numpy.take (bar {BAR}: {'met' if worst <= BAR else 'NOT met'})")
     if not options.quick:
-        name = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-")
+        name = slug(found["machine"]["device"])
         RESULTS.mkdir(exist_ok=True)
         record = RESULTS / f"engram-{name}.json"
         record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

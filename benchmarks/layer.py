@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +100,7 @@ def write(path: Path | None, result: dict[str, Any]) -> None:
     device = result["measured"][0]["device"]
     if path is None:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"layer-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+        path = RESULTS / f"layer-{runtime.slug(device)}.json"
     path.write_text(json.dumps({"benchmark": "layer", "device": device} | result, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from workbench.memory.executors import EmulatedDevice
 from workbench.memory.overlap import Lab, OverlapResult, overlap_experiment
 from workbench.memory.predict import OverlapGrid, lookup_alone, overlap_grid
 from workbench.memory.prefetch import POLICIES
-from workbench.runtime import machine
+from workbench.runtime import machine, slug
 
 WINDOWS_MS = (5.0, 10.0, 20.0, 50.0)
 BARS = {"over ideal": 0.06, "hidden": 0.9, "prediction error": 0.15, "points": 27, "failing": 9}
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     found["decode ms a token"] = decode(3 if options.quick else 9)
     print(f"tiny-v4-engram, decoding: {found['decode ms a token']} ms a token")
     if not options.quick:
-        name = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-")
+        name = slug(found["machine"]["device"])
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"overlap-{name}.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

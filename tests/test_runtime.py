@@ -48,6 +48,7 @@ def test_the_processor_is_named_without_trademarks(monkeypatch):
         runtime, "_read", lambda path: "model\t\t: 85\nmodel name\t: Intel(R) Xeon(R) Gold 6130 CPU @ 2.10GHz\n"
     )
     assert runtime.device_name("cpu") == "CPU (Intel Xeon Gold 6130, 2 cores)"
+    assert runtime.slug(runtime.device_name("cpu")) == "cpu-intel-xeon-gold-6130-2-cores"
 
 
 def test_threads_are_set_for_the_whole_process():

@@ -151,6 +151,11 @@ def device_name(device: str | torch.device = "cpu") -> str:
     return f"CPU ({_processor()}, {cores()} core{'s' if cores() > 1 else ''})"
 
 
+def slug(text: str) -> str:
+    """A device's label as part of a file name: "cpu-amd-epyc-2-cores"."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def machine(*, accelerator: bool = False) -> dict[str, Any]:
     """What a measurement should be stored with, as plain values; what the system does not tell is None.
 
