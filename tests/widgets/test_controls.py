@@ -8,6 +8,7 @@ import pytest
 
 from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
+from workbench.checkpoint import shipped_names
 from workbench.errors import InputError
 from workbench.widgets import controls
 from workbench.widgets.controls import RunControls
@@ -102,7 +103,8 @@ def test_a_given_model_is_used_without_loading(started, monkeypatch):
     monkeypatch.setattr(controls, "_load", None)
     mine = SimpleNamespace(config=SimpleNamespace(index_topk=3))
     widget = RunControls(recording(), model=mine)
-    assert widget.model.options == ("synthetic-v4", "tiny-v4", "tiny-v4-engram")
+    assert widget.model.options == ("synthetic-v4", *controls.SHIPPED)
+    assert sorted(controls.SHIPPED) == sorted(shipped_names())
     assert start(widget, started).model is mine
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
-from workbench.checkpoint import load, shipped_names
+from workbench.checkpoint import load
 from workbench.needle import hide_needle, sample_text
 from workbench.trace import Trace
 from workbench.widgets.attention import AttentionExplorer
@@ -23,7 +23,7 @@ VIEW_BYTES = 250_000
 
 @pytest.fixture(scope="module")
 def model():
-    return load(shipped_names()[0], device="cpu")
+    return load("tiny-v4", device="cpu")
 
 
 @pytest.fixture
