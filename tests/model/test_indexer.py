@@ -34,6 +34,24 @@ def test_topk_is_a_sort_in_which_the_lower_number_wins(seed):
         assert torch.equal(best, scores.gather(-1, entries))
 
 
+@pytest.mark.parametrize("levels", [7, 401, 2**20])
+@pytest.mark.parametrize("length", [160, 163, 1024, 1031])
+def test_long_rows_are_chosen_from_exactly_whether_or_not_scores_are_equal(levels, length):
+    """Long rows are looked at in groups first; entries that are left over, hidden ones and equal scores must not mislead that."""
+    draw = torch.Generator().manual_seed(length + levels)
+    scores = torch.randint(levels, (2, 11, length), generator=draw).float()
+    scores[:, 3:6, length // 3 :] = -torch.inf
+    scores[:, 6, 5:] = -torch.inf  # fewer than k are there
+    scores[:, 7, -1] = scores[:, 8, -length % 8] = levels + 1.0
+    for k in (1, 4, 20):
+        expected = scores.sort(dim=-1, descending=True, stable=True)
+        best, entries = topk_lower_first(scores, k)
+        assert torch.equal(best, expected.values[..., :k]) and torch.equal(entries, expected.indices[..., :k])
+        best, entries = topk_lower_first(scores, k, least=-torch.inf)
+        real = best > -torch.inf
+        assert torch.equal(best, expected.values[..., :k]) and torch.equal(entries[real], expected.indices[..., :k][real])
+
+
 def test_a_tie_is_broken_alike_however_many_entries_follow():
     """What plain topk does not promise: a longer row may not reorder the ties of its start."""
     zeros = torch.zeros(1, 1, 3001)

@@ -22,6 +22,7 @@ from workbench.model.layers import RMSNorm, Tap, rotate, rotate_halves
 SCORE_ELEMENTS = 2**22  # products held at once on an accelerator: queries x heads x entries
 CACHED_ELEMENTS = 2**18  # the same on a CPU: what is multiplied, rectified and summed stays in its second-level cache
 CACHED_QUERIES = 16
+FOLD = 8  # entries of which only the best is looked at first, where there are many
 
 
 class Selection(NamedTuple):
@@ -55,7 +56,7 @@ def topk_lower_first(scores: Tensor, k: int, least: float | None = None) -> tupl
     detached = scores.detach()
     if not scores.shape[-1]:
         return scores, torch.zeros_like(scores, dtype=torch.int64)
-    best, entries = detached.topk(min(k + 1, scores.shape[-1]), dim=-1)
+    best, entries = _topk_folded(detached, k + 1)
     tied = best[..., 1:] == best[..., :-1]
     tied = (tied if least is None else tied & (best[..., 1:] > least)).any(-1)
     entries = entries[..., :k]
@@ -63,6 +64,22 @@ def topk_lower_first(scores: Tensor, k: int, least: float | None = None) -> tupl
         rows = tied.nonzero(as_tuple=True)
         entries = entries.index_put(rows, _topk_by_keys(detached[rows], k))
     return scores.gather(-1, entries), entries
+
+
+def _topk_folded(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``topk`` over the last axis, on a CPU three times as fast where rows are long: the k best lie in the k groups of FOLD
+    entries whose best are the best. Of equal scores any may win; a group left out holds nothing better than what is kept."""
+    length = scores.shape[-1]
+    stride = length // FOLD  # what is left over, fewer than FOLD entries, is looked at in any case
+    if not scores.is_cpu or scores.dim() != 3 or scores.shape[1] == 1 or stride < 4 * k:
+        return scores.topk(min(k, length), dim=-1)
+    folded = scores[..., : FOLD * stride].unflatten(-1, (FOLD, stride))
+    groups = folded.amax(-2).topk(k, dim=-1, sorted=False).indices.unsqueeze(-2)  # [B, T, 1, k]
+    members = folded.gather(-1, groups.expand(-1, -1, FOLD, -1)).flatten(-2)  # [B, T, FOLD * k]
+    best, places = torch.cat([members, scores[..., FOLD * stride :]], dim=-1).topk(k, dim=-1)
+    left_over = places - FOLD * k
+    member = groups.squeeze(-2).gather(-1, places % k) + places // k * stride
+    return best, torch.where(left_over < 0, member, FOLD * stride + left_over)
 
 
 def _topk_by_keys(scores: Tensor, k: int) -> Tensor:
@@ -105,7 +122,7 @@ def select_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor |
     if closed is None:
         return keep_best(_scores(q, w, k, k.length), kept)
     seen = int(closed.max())  # nobody here sees further, so nothing further is scored
-    best, entries = keep_best(_hide(_scores(q, w, k, seen), closed), kept)
+    best, entries = keep_best(_hide_(_scores(q, w, k, seen), closed), kept)
     if seen < kept:
         best, entries = F.pad(best, (0, kept - seen), value=-torch.inf), F.pad(entries, (0, kept - seen), value=-1)
     return Selection(best, entries)
@@ -114,12 +131,15 @@ def select_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor |
 def score_entries(q: Tensor, w: Tensor, k: Rows | GrowingRows, closed: Tensor) -> Tensor:
     """Scores of all entries, float32 [B, T, S], -inf where one lies in the query's future; shapes as ``select_entries``."""
     seen = int(closed.max())
-    return F.pad(_hide(_scores(q, w, k, seen), closed), (0, k.length - seen), value=-torch.inf)
+    return F.pad(_hide_(_scores(q, w, k, seen), closed), (0, k.length - seen), value=-torch.inf)
 
 
-def _hide(scores: Tensor, closed: Tensor) -> Tensor:
-    visible = torch.arange(scores.shape[-1], device=scores.device) < closed.unsqueeze(-1)  # [T, S]
-    return scores.masked_fill(~visible, -torch.inf)
+def _hide_(scores: Tensor, closed: Tensor) -> Tensor:
+    """-inf, in place, where an entry lies in a query's future; entries that every query may see are not touched."""
+    first = int(closed.min())
+    hidden = torch.arange(first, scores.shape[-1], device=scores.device) >= closed.unsqueeze(-1)  # [T, S - first]
+    scores[..., first:].masked_fill_(hidden, -torch.inf)
+    return scores
 
 
 def keep_best(scores: Tensor, topk: int) -> Selection:

@@ -157,7 +157,7 @@ class V41Model(LanguageModel):
         return collapse(flow.streams, flow.pre)
 
     def _begin(self, ids: Tensor, start: int, topk: int | None) -> tuple[Positions, Flow]:
-        x = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        x = self.embed(ids).unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)  # products of expanded streams are slow
         pre = torch.zeros(*ids.shape, self.config.hc_mult, device=self.device)
         pre[..., 0] = 1.0  # all streams are equal yet: read the first
         return self._positions(start, ids.shape[1], topk), Flow(x, pre, None)

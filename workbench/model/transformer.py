@@ -81,7 +81,7 @@ class V4Model(LanguageModel):
         at = Positions(start, self.window_rotary(positions), self.compressed_rotary(positions), topk)
         if cache is not None and one_token.applies(self, ids, cache):
             return one_token.run_layers(self, ids, at, cache, fetches)
-        x = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        x = self.embed(ids).unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)  # products of expanded streams are slow
         memory = cache.engram if cache is not None else None
         for layer, block in enumerate(self.blocks):
             x = block(x, ids, at, cache.layers[layer] if cache is not None else None, fetches.get(layer), memory)

@@ -38,8 +38,10 @@ def attend(q: Tensor, keys: Tensor, window: int, start: int, entries: Tensor, vi
     scaled = q * d**-0.5
     queries = F.pad(scaled, pad_queries).view(batch, blocks, block * heads, d)
     near = F.pad(keys, (0, 0, 0, padding)).unfold(1, span, block)  # [B, n, D, J]
-    window_logits = torch.matmul(queries, near).view(batch, blocks * block, heads, span)[:, :t].float()
-    window_logits = window_logits.masked_fill_(~window_mask(t, window, start, q.device).unsqueeze(1), -torch.inf)
+    window_logits = torch.matmul(queries, near).view(batch, blocks, block, heads, span).float()
+    window_logits += outside_window(block, window, q.device).unsqueeze(1)  # several times faster than a masked fill
+    window_logits[:, 0, ..., : max(0, window - 1 - start)] = -torch.inf  # keys before position 0
+    window_logits = window_logits.flatten(1, 2)[:, :t]
     shared = entries.dim() == 3
     if shared:
         entry_logits = torch.matmul(scaled.flatten(1, 2), entries.transpose(1, 2)).view(batch, t, heads, -1)
@@ -79,15 +81,13 @@ def attend_one(q: Tensor, keys: Tensor, entries: Tensor, sinks: Tensor) -> Atten
     return Attended(out.unsqueeze(1), window_probs, entry_probs, sink_probs.squeeze(-1))
 
 
-def window_mask(t: int, window: int, start: int, device: torch.device) -> Tensor:
-    """[T, J] True where key column j of a query's block lies in its window and not before position 0.
+def outside_window(block: int, window: int, device: torch.device) -> Tensor:
+    """[block, J] what is added to the logits of a block's queries: 0 where key column j lies in a query's window, else -inf.
 
     Query i of a block sees columns i..i+W-1, the last one itself.
     """
-    block = min(window, t)
-    query = torch.arange(t, device=device).unsqueeze(1)
-    behind = torch.arange(block + window - 1, device=device) - query % block - (window - 1)  # key position - query position
-    return (behind <= 0) & (behind > -window) & (start + query + behind >= 0)
+    seen = torch.ones(block, block + window - 1, dtype=torch.bool, device=device).triu_().tril_(window - 1)
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def window_rows(window_probs: Tensor, window: int) -> Tensor:
