@@ -37,7 +37,7 @@ def test_topk_is_a_sort_in_which_the_lower_number_wins(seed):
 @pytest.mark.parametrize("levels", [7, 401, 2**20])
 @pytest.mark.parametrize("length", [160, 163, 1024, 1031])
 def test_long_rows_are_chosen_from_exactly_whether_or_not_scores_are_equal(levels, length):
-    """Long rows are looked at in groups first; entries that are left over, hidden ones and equal scores must not mislead that."""
+    """Long rows are looked at in groups first; entries left over, hidden ones and equal scores must not mislead that."""
     draw = torch.Generator().manual_seed(length + levels)
     scores = torch.randint(levels, (2, 11, length), generator=draw).float()
     scores[:, 3:6, length // 3 :] = -torch.inf
