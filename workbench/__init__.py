@@ -46,6 +46,7 @@ _HOME = {
     "ClaimsTable": "widgets.claims",
     "MemoryMeters": "widgets.claims",
     "memory_meters": "figures.claims",
+    "check": "exercises",
     "storage_cost": "training.score",
     "engram_effect": "engram",
     "engram_off": "model.engram",
