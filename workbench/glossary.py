@@ -12,10 +12,12 @@ from workbench.errors import InputError
 
 _V4 = "DeepSeek-V4 report (reference/deepseek-v4.md, section {})"
 _V41 = "DeepSeek-V4.1 report (reference/deepseek-v41.md, section {})"
-_ENGRAM, _MHC = "Engram paper (reference/engram-and-overlap.md, section {})", "mHC paper (reference/deepseek-v4.md, section 8)"
+_ENGRAM = "Engram paper (reference/engram-and-overlap.md, section {})"
+_MHC = "mHC paper (reference/deepseek-v4.md, section 8)"
 _GENERAL = "general knowledge"
 STYLE = (
-    "<style>.wb-term{line-height:1.5;margin:6px 0;max-width:60em}.wb-term code{white-space:pre-wrap;display:block;padding:2px 0}"
+    "<style>.wb-term{line-height:1.5;margin:6px 0;max-width:60em}"
+    ".wb-term code{white-space:pre-wrap;display:block;padding:2px 0}"
     ".wb-term small{opacity:0.8}</style>"
 )
 
