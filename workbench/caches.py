@@ -60,7 +60,8 @@ def modelled_cache(model: cost.Model, tokens: int, storage: str = "released", na
 def measured_cache(model: LanguageModel, tokens: int = 512, storage: str = "fp32", name: str = "", seed: int = 0) -> CacheUse:
     """Feed ``tokens`` random tokens to a live model, the last one as a decode step, and count its cache.
 
-    Bytes do not depend on which tokens they are. Raises InputError for fewer than two tokens or more than the model reads.
+    Bytes do not depend on which tokens they are. Where a candidate pool (V4.1) holds more than half of a stream, all keys are
+    read at once instead of the pool's, so more than the formula says. Raises InputError for fewer than two tokens or more than the model reads.
     """
     import torch
 
