@@ -61,7 +61,8 @@ def measured_cache(model: LanguageModel, tokens: int = 512, storage: str = "fp32
     """Feed ``tokens`` random tokens to a live model, the last one as a decode step, and count its cache.
 
     Bytes do not depend on which tokens they are. Where a candidate pool (V4.1) holds more than half of a stream, all keys are
-    read at once instead of the pool's, so more than the formula says. Raises InputError for fewer than two tokens or more than the model reads.
+    read at once instead of the pool's, so more than the formula says. Raises InputError for fewer than two tokens, or more than
+    the model reads.
     """
     import torch
 

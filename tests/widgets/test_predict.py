@@ -63,6 +63,13 @@ def test_without_a_chart_guess_and_result_are_two_bars_told_apart_without_colour
     assert widget.figure.layout.xaxis.type == "log" and "factor of 10.5" in widget.status.value
 
 
+def test_where_no_axis_counts_what_was_guessed_the_bars_stand_above_the_chart():
+    widget = Prediction("How many?", lambda: (7, bars()), high=10, across=None)
+    widget.show.click()
+    assert [data.name for data in widget.figure.data] == ["your guess", "result"]
+    assert len(widget.view.outputs) == 2 and "HCA" in json.dumps(widget.view.outputs[1])
+
+
 @pytest.mark.parametrize("control", ["slider", "number"])
 def test_limits_hold_and_whole_numbers_stay_whole(control):
     widget = Prediction("?", lambda: 1.0, low=0, high=8, control=control)

@@ -293,7 +293,7 @@ EXERCISES: dict[str, Exercise] = {
         Exercise(
             name="index share of reading",
             notebook=1,
-            question=f"V4-Pro decodes one token after {MILLION:,} others. Which share of what it reads are index keys?",
+            question=f"V4-Pro decodes one token in a context of {MILLION:,}. Which share of what it reads are index keys?",
             unit="share",
             solve=_scan,
             mistakes=_scan_mistakes,

@@ -22,9 +22,10 @@ class Prediction(ipw.VBox):
     """A question with a slider, or a number, and a button. ``guess`` stays as it was once the result is shown.
 
     ``reveal()`` does the work, when the button is pressed and not before, and returns the result, or the result and a chart in
-    which it can be seen; the guess is drawn over that, as a value of the axis ``across`` ("x" or "y"). Without a chart the
-    two are shown as bars. ``figure`` is the chart last drawn, ``result`` the number, None before. If ``reveal`` fails, what it
-    says is shown and the guess can still be changed.
+    which it can be seen; the guess is drawn over that, as a value of the axis ``across`` ("x" or "y"). Without a chart, or
+    where neither axis counts what was guessed (None), the two are shown as bars, above the chart if there is one. ``figure`` is
+    the chart with the guess, ``result`` the number, None before. If ``reveal`` fails, what it says is shown and the guess can
+    still be changed.
     Raises InputError for limits that are none and a starting value outside of them.
     """
 
@@ -39,7 +40,7 @@ class Prediction(ipw.VBox):
         value: float | None = None,
         unit: str = "",
         control: Control = "slider",
-        across: Literal["x", "y"] = "y",
+        across: Literal["x", "y"] | None = "y",
     ) -> None:
         _check(low, high, step, low if value is None else value, control)
         start = value if value is not None else _middle(low, high, step, control)
@@ -71,19 +72,21 @@ class Prediction(ipw.VBox):
             found = self._reveal()
             result, figure = found if isinstance(found, tuple) else (found, None)
             result = float(result)
-            if figure is None:
-                figure = guess_and_result(self.question, guess, result, self.unit, log=self._log)
+            if figure is None or self.across is None:
+                shown = [guess_and_result(self.question, guess, result, self.unit, log=self._log)]
+                shown += [figure] if figure is not None else []
             else:
-                figure = with_guess(figure, guess, self.unit, across=self.across)
+                shown = [with_guess(figure, guess, self.unit, across=self.across)]
+            outputs = tuple(as_output(fig) for fig in shown)
         except Exception as error:  # whatever went wrong belongs under the question, and the guess is not lost
             self.control.disabled = self.show.disabled = False
             self.show.description = REVEAL
             self.status.value = f"<p role='status'>That failed: {escape(' '.join(str(error).split()))}. Try again.</p>"
             return
-        self.result, self.figure = result, figure
+        self.result, self.figure = result, shown[0]
         self.show.description, self.show.button_style = LOCKED, ""
         self.status.value = f"<p role='status'>{escape(self._said(guess, result))}</p>"
-        self.view.outputs = (as_output(figure),)
+        self.view.outputs = outputs
 
     def _said(self, guess: float, result: float) -> str:
         unit = f" {self.unit}" if self.unit else ""
