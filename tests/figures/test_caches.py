@@ -28,6 +28,11 @@ def test_totals_held_and_read_are_bars_with_their_sizes():
     assert fig.layout.xaxis.range == fig.layout.xaxis2.range, "one scale, or the panels cannot be compared"
 
 
+def test_bars_with_a_pattern_have_a_ground_too_or_they_would_be_empty():
+    for bar in (*held_and_read(USES).data, *read_shares(USES).data):
+        assert not bar.marker.pattern.shape or bar.marker.pattern.bgcolor == bar.marker.color
+
+
 def test_shares_of_the_reading_add_up_to_all_of_it():
     fig = read_shares(USES)
     assert np.allclose(np.sum([data.x for data in fig.data], axis=0), 100)

@@ -59,7 +59,10 @@ def test_without_a_chart_guess_and_result_are_two_bars_told_apart_without_colour
     widget = Prediction("Factor?", lambda: 9.5, low=1, high=1000, step=0.1, control="log slider", value=100, unit="times")
     widget.show.click()
     mine, found = widget.figure.data
-    assert (mine.x[0], found.x[0]) == (pytest.approx(100), 9.5) and mine.marker.pattern.shape != found.marker.pattern.shape
+    assert (mine.x[0], found.x[0]) == (pytest.approx(100), 9.5) and (list(mine.y), list(found.y)) == (
+        ["your guess"],
+        ["result"],
+    )
     assert widget.figure.layout.xaxis.type == "log" and "factor of 10.5" in widget.status.value
 
 

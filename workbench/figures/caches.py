@@ -30,8 +30,9 @@ def held_and_read(uses: Sequence[CacheUse]) -> go.Figure:
         raise InputError("give at least one cache, see wb.measured_cache and wb.modelled_cache")
     names = [chart_text(use.name) for use in uses]
     fig = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.04)
-    panels = ((1, "held", BLUE, "", [u.held for u in uses]), (2, "read for one token", ORANGE, "/", [u.read for u in uses]))
-    for column, name, colour, pattern, counted in panels:
+    held, read = [use.held for use in uses], [use.read for use in uses]
+    panels = ((1, "held", BLUE, "#ffffff", held), (2, "read for one token", ORANGE, "#222222", read))
+    for column, name, colour, ink, counted in panels:
         totals = [sum(parts.values()) for parts in counted]
         fig.add_bar(
             y=names,
@@ -41,7 +42,8 @@ def held_and_read(uses: Sequence[CacheUse]) -> go.Figure:
             text=[size(total) for total in totals],
             textposition="auto",
             insidetextanchor="end",
-            marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": "#ffffff", "solidity": 0.15}},
+            insidetextfont={"color": ink},
+            marker={"color": colour},
             hovertext=[_parts_text(parts) for parts in counted],
             hovertemplate="%{hovertext}<extra></extra>",
             row=1,
@@ -69,7 +71,7 @@ def read_shares(uses: Sequence[CacheUse]) -> go.Figure:
             x=[100 * use.read.get(part, 0) / (use.read_bytes or 1) for use in uses],
             orientation="h",
             name=KV_NAME if part == "kv" else part,
-            marker={"color": PART_COLOURS[part], "pattern": {"shape": PART_PATTERNS.get(part, ""), "fgcolor": "#ffffff"}},
+            marker={"color": PART_COLOURS[part], "pattern": _pattern(part)},
             customdata=[size(use.read.get(part, 0)) for use in uses],
             hovertemplate=f"{part}: %{{x:.1f}} %, %{{customdata}}<extra></extra>",
         )
@@ -138,6 +140,11 @@ def _of_all(uses: Sequence[CacheUse]) -> str:
 
 def _parts_text(parts: dict[str, int]) -> str:
     return "<br>".join(f"{part}: {size(nbytes)}" for part, nbytes in parts.items() if nbytes) or "nothing"
+
+
+def _pattern(part: str) -> dict[str, Any]:
+    """Of a bar: a pattern without a ground of its own would leave the bar empty."""
+    return {"shape": PART_PATTERNS.get(part, ""), "bgcolor": PART_COLOURS[part], "fgcolor": "#ffffff", "solidity": 0.2}
 
 
 def _below() -> dict[str, Any]:

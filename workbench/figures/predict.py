@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
-from workbench.figures.style import BLUE, GREY, ORANGE, chart_text, styled
+from workbench.figures.style import BLUE, ORANGE, chart_text, styled
 
 GUESS = "your guess"
 
@@ -40,7 +40,7 @@ def with_guess(fig: go.Figure, guess: float, unit: str = "", *, across: str = "y
 def guess_and_result(question: str, guess: float, result: float, unit: str = "", *, log: bool = False) -> go.Figure:
     """Two bars that lie: what was guessed and what came out."""
     fig = go.Figure()
-    for name, value, colour, pattern in ((GUESS, guess, ORANGE, "/"), ("result", result, BLUE, "")):
+    for name, value, colour, ink in ((GUESS, guess, ORANGE, "#222222"), ("result", result, BLUE, "#ffffff")):
         fig.add_bar(
             y=[name],
             x=[value],
@@ -48,7 +48,8 @@ def guess_and_result(question: str, guess: float, result: float, unit: str = "",
             name=name,
             text=[f"{number(value)}{_after(unit)}"],
             textposition="auto",
-            marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": GREY}},
+            insidetextfont={"color": ink},
+            marker={"color": colour},
         )
     styled(fig, chart_text(question), height=200)
     fig.update_xaxes(title=chart_text(unit), type="log" if log else "linear")
