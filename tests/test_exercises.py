@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,3 +141,26 @@ def test_hints_are_escaped_in_html():
 
     shown = verdict.Verdict(EXERCISES["ring slot"], False, "<b>&")._repr_html_()
     assert "&lt;b&gt;&amp;" in shown and "<b>&" not in shown
+
+
+# Exercise -> its folded solution, as it stands in the notebook.
+SOLUTIONS = {
+    "gqa bytes per token": "61 * 8 * 128 * 2 * 2",
+    "v3.2 at a million": "61 * 2**20 * (512 + 16 + 128 + 128 + 4) / 1e9",
+    "smaller than v3.2": 'wb.kv_bytes("v3.2", 2**20)["total"] / wb.kv_bytes("v4-pro", 2**20)["total"]',
+    "index share of reading": 'read["index"] / read["total"]',
+    "ring slot": "1000 % 128",
+    "tokens in the tail": "100_000 % 128",
+    "first to see an entry": "10 * 4 - 1",
+    "bytes at a block's end": 'kinds.count("csa") * (584 + 68) + kinds.count("hca") * 584',
+    "bytes of all windows": 'wb.kv_bytes("v4-flash", 32_768)["window"]',
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_the_folded_solution_of_a_notebook_is_right(name):
+    path = next((Path(__file__).parents[1] / "notebooks").glob(f"{EXERCISES[name].notebook:02d}_*.ipynb"))
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    assert f'wb.check("{name}", ...)' in cells and f"`{SOLUTIONS[name]}`" in cells[-1] and "<details>" in cells[-1]
+    known = {"wb": wb, "read": wb.decode_bytes("v4-pro", 2**20), "kinds": wb.presets["v4-flash"].layer_kinds}
+    assert check(name, eval(SOLUTIONS[name], known))  # our own text, a few lines up
