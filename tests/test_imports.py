@@ -31,6 +31,9 @@ ALLOWED = {
     "progress": set(),
     "engram": CORE,  # torch only inside engram_effect
     "claims": set(),
+    "exercises": {"numpy"},
+    "glossary": set(),
+    "caches": CORE,  # torch only where a model is fed
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -51,6 +54,7 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
+            *("exercises", "glossary", "caches"),
         ),
         {"torch", "plotly"},
     ),

@@ -1,7 +1,7 @@
 """workbench: watch DeepSeek-V4 work.
 
 The public names below are loaded when first used, so that ``import workbench`` needs neither torch nor plotly.
-`presets` and `devices`, standard library only, are there at once.
+`presets`, `devices` and `glossary`, standard library only, are there at once.
 """
 
 from importlib import import_module
@@ -9,6 +9,7 @@ from typing import Any
 
 # At once, because a module of the same name would otherwise take the place of the mapping when something imports it.
 from workbench.devices import devices as devices
+from workbench.glossary import glossary as glossary
 from workbench.presets import presets as presets
 
 __version__ = "0.1.0"
@@ -48,6 +49,17 @@ _HOME = {
     "ClaimsTable": "widgets.claims",
     "MemoryMeters": "widgets.claims",
     "memory_meters": "figures.claims",
+    "check": "exercises",
+    "Prediction": "widgets.predict",
+    "toy_models": "caches",
+    "measured_cache": "caches",
+    "modelled_cache": "caches",
+    "HeldAndRead": "widgets.caches",
+    "CacheSlots": "widgets.caches",
+    "held_and_read": "figures.caches",
+    "read_shares": "figures.caches",
+    "kv_changes": "figures.caches",
+    "falling_steps": "figures.caches",
     "storage_cost": "training.score",
     "engram_effect": "engram",
     "engram_off": "model.engram",
@@ -59,7 +71,7 @@ _HOME = {
     "InputError": "errors",
 }
 _MODULES = ("chrome_trace", "schedule")  # reached as a whole
-__all__ = sorted([*_HOME, *_MODULES, "devices", "presets"])
+__all__ = sorted([*_HOME, *_MODULES, "devices", "glossary", "presets"])
 
 
 def __getattr__(name: str) -> Any:
