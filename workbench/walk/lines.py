@@ -60,7 +60,7 @@ def find(statement: Statement) -> SourceLine:
 
 
 class Watcher:
-    """Calls ``seen(statement, variables)`` after each run of a watched statement in this thread, between ``start`` and ``stop``.
+    """Calls ``seen(statement, variables)`` after each run of a watched statement in this thread, from ``start`` to ``stop``.
 
     ``variables`` are the function's locals after it, with a returned value as "return". Another tracer, a debugger's for
     instance, is put aside meanwhile and comes back.

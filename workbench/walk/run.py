@@ -1,6 +1,6 @@
 """Runs a model under a watcher and makes the steps of a walk from what its lines left.
 
-An ``Operation`` names a line and what to look at when it has run; where the model takes one of several ways to the same end, the last
+An ``Operation`` names a line and what to look at when it has run; where the model may take one of several ways, the last
 line that ran is shown. Letters: B batch, T tokens, the walked one last.
 """
 
@@ -44,8 +44,8 @@ class Look:
     """One thing to look at: ``path`` starts at a variable and goes on by attributes and numbers ("return", "best.scores").
 
     ``at`` is the statement after which it is read, the operation's own unless given. ``rows`` and ``columns`` say what the
-    places along the first and last axis are: "window" tokens, "entries", "kept" entries, tokens of a "block"; places of any other
-    word are numbered.
+    places along the first and last axis are: "window" tokens, "entries", "kept" entries, tokens of a "block"; any other word
+    is numbered.
     """
 
     name: str
