@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 4096  # a walk reads the text up to its token once more
 KEPT_WALKS = 8
 AUTOPLAY_MS = 2500
+VIEW_PIXELS = 900  # the most it takes before it scrolls; only with a limit does it take the keyboard
 STEPS_HINT = "Steps of the walk; arrow keys left and right go back and on"
 
 
@@ -51,11 +52,11 @@ class Stepper(ipw.VBox):
         self.topic = ipw.Dropdown(description="Walk through", style=narrow, layout=ipw.Layout(width="min(100%, 280px)"))
         self.layer = ipw.Dropdown(description="Layer", style=narrow, layout=ipw.Layout(width="110px"))
         self.token = ipw.BoundedIntText(description="Token", style=narrow, layout=ipw.Layout(width="140px"))
-        self.back = ipw.Button(description="Back", icon="chevron-left", layout=ipw.Layout(width="90px"))
-        self.next = ipw.Button(description="Next", icon="chevron-right", layout=ipw.Layout(width="90px"))
+        self.back = ipw.Button(description="Back", layout=ipw.Layout(width="90px"))
+        self.next = ipw.Button(description="Next", layout=ipw.Layout(width="90px"))
         self.play = ipw.Play(min=0, max=0, interval=AUTOPLAY_MS, show_repeat=False, tooltip="Autoplay")
         self.step = ipw.IntSlider(description="Step", min=0, max=0, readout=False, style=narrow)
-        self.view = Pointer(mode="text", label=STEPS_HINT)
+        self.view = Pointer(mode="text", height=VIEW_PIXELS, label=STEPS_HINT)
         self.message = ipw.HTML()
         rows = (
             [self.topic, self.layer, self.token],
