@@ -99,7 +99,7 @@ def test_topic_and_token_choosers_change_the_walk(notebook):
     shows(notebook, 1)
     cell.locator(".wb-walk li[data-token='5']").click()
     shows(notebook, 6)
-    assert "column sums" in cell.locator(".wb-walk .step").inner_text()
+    assert "column sums − 1" in cell.locator(".wb-walk .step").inner_text()
     cell.locator(".jp-OutputArea").first.evaluate("e => e.scrollIntoView()")
     notebook.screenshot("stepper_mhc_light")
     token = cell.get_by_label("Token", exact=True)

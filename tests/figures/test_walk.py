@@ -49,7 +49,7 @@ def test_few_values_are_numbers_under_their_labels():
     html = value_html(Value("p", array, ("heads", "tokens"), (1, 9, 2, 2), column_labels=("token 7", "token <8>")))
     assert re.findall(r"<td[^>]*>([^<]+)</td>", html) == ["0.25", "-0.5", "?", "-∞"]
     assert "<td class='n' style='--a:70'>-0.5" in html and "<td class='p' style='--a:35'>0.25" in html
-    assert "heads 2 × tokens 2, of [1, 9, 2, 2] in the call" in html and "token &lt;8&gt;" in html and "heads 1" in html
+    assert "heads 2 × tokens 2, of [1, 9, 2, 2] in the call" in html and "token &lt;8&gt;" in html and "head 1<" in html
     assert re.findall(r"<td[^>]*>([^<]+)</td>", value_html(Value("mix", np.array(2**62), (), (1, 9)))) == [str(2**62)]
 
 

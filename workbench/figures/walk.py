@@ -37,7 +37,7 @@ _CSS = f"""<style>
 .wb-walk figure {{margin: 6px 0 10px; overflow-x: auto}} .wb-walk figcaption {{font-size: 12px; padding-bottom: 2px}}
 .wb-walk .shape, .wb-walk .range, .wb-walk .place {{opacity: 0.75; font-size: 11px}}
 .wb-walk table {{border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 11px}}
-.wb-walk td, .wb-walk th {{padding: 1px 6px; text-align: right; font-weight: normal; white-space: nowrap}}
+.wb-walk td, .wb-walk th {{padding: 1px 5px; text-align: right; font-weight: normal; white-space: nowrap}}
 .wb-walk thead th {{writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: 4px 1px; opacity: 0.8}}
 .wb-walk tbody th {{opacity: 0.8; text-align: left}}
 .wb-walk .p {{background: color-mix(in srgb, {VERMILLION} calc(var(--a) * 1%), transparent)}}
@@ -107,22 +107,22 @@ def _numbers(value: Value) -> str:
     largest = float(finite.max()) if finite.size else 0.0
     head = "".join(f"<th scope='col'>{escape(label)}</th>" for label in value.column_labels[:MAX_NUMBERS])
     corner = "<td></td>" if value.row_labels or rows.shape[0] > 1 else ""
-    body = ""
+    body, digits = "", 3 if rows.shape[1] <= MAX_COLUMNS // 2 else 2
     for i, row in enumerate(rows[:MAX_NUMBERS]):
-        axis = value.axes[0] if value.axes else ""
+        axis = value.axes[0].removesuffix("s") if value.axes else ""
         label = value.row_labels[i] if value.row_labels else f"{axis} {i}"
         first = f"<th scope='row'>{escape(label)}</th>" if corner else ""
-        body += f"<tr>{first}{''.join(_cell(x, largest, whole) for x in row)}</tr>"
+        body += f"<tr>{first}{''.join(_cell(x, largest, whole, digits) for x in row)}</tr>"
     return f"<table>{f'<thead><tr>{corner}{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
 
-def _cell(x: float, largest: float, whole: bool) -> str:
+def _cell(x: float, largest: float, whole: bool, digits: int) -> str:
     if whole:
         return f"<td>{int(x)}</td>"
     if not np.isfinite(x):
         return f"<td>{'-∞' if x < 0 else '∞' if x > 0 else '?'}</td>"
     strength = round(STRONGEST * abs(float(x)) / largest) if largest else 0
-    return f"<td class='{'n' if x < 0 else 'p'}' style='--a:{strength}'>{x:.3g}</td>"
+    return f"<td class='{'n' if x < 0 else 'p'}' style='--a:{strength}'>{x:.{digits}g}</td>"
 
 
 def _strip(value: Value) -> str:

@@ -24,11 +24,11 @@ def _whole(x: Tensor, block: Any) -> Tensor:
 
 
 def _row_sums(x: Tensor, block: Any) -> Tensor:
-    return x[-1].sum(1)
+    return x[-1].double().sum(1) - 1  # how far from one: the sums themselves would all print as 1
 
 
 def _column_sums(x: Tensor, block: Any) -> Tensor:
-    return x[-1].sum(0)
+    return x[-1].double().sum(0) - 1
 
 
 def _ngram(x: Tensor, block: Any) -> Tensor:
@@ -85,11 +85,13 @@ def streams(block: Any) -> tuple[Operation, ...]:
         Operation(
             "Sinkhorn–Knopp balances it",
             "columns, then rows and columns in turn, are divided by their sums",
-            tuple(
-                Way(Statement(sinkhorn, piece), _matrix("return"))
-                for piece in ("return a.permute(2, 0, 1)", "_balance_4x4(rows")
+            (
+                Way(
+                    Statement(sinkhorn, "a = a / (a.sum(1"), _matrix("return", Statement(sinkhorn, "return a.permute(2, 0, 1)"))
+                ),
+                Way(Statement(sinkhorn, "_balance_4x4(rows"), _matrix("return")),
             ),
-            "It ends on a column step: columns sum to one, rows nearly.",
+            "The row step is shown; it ends on a column step, so columns sum to one and rows nearly.",
         ),
     ]
     read = operation(
@@ -130,11 +132,11 @@ def streams(block: Any) -> tuple[Operation, ...]:
     return (read, *makes, *writes) if single_pass else (*makes, read, *writes)
 
 
-def _matrix(path: str) -> tuple[Look, ...]:
+def _matrix(path: str, at: Statement | None = None) -> tuple[Look, ...]:
     return (
-        Look("A", path, "from stream, to stream", last_row),
-        Look("row sums", path, "from stream", _row_sums),
-        Look("column sums", path, "to stream", _column_sums),
+        Look("A", path, "from stream, to stream", last_row, at),
+        Look("row sums − 1", path, "from stream", _row_sums, at),
+        Look("column sums − 1", path, "to stream", _column_sums, at),
     )
 
 
