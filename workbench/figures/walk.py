@@ -38,6 +38,7 @@ _CSS = f"""<style>
 .wb-walk .shape, .wb-walk .range, .wb-walk .place {{opacity: 0.75; font-size: 11px}}
 .wb-walk table {{border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 11px}}
 .wb-walk td, .wb-walk th {{padding: 1px 5px; text-align: right; font-weight: normal; white-space: nowrap}}
+.wb-walk .wide td, .wb-walk .wide th {{padding: 1px 3px; font-size: 10px}}
 .wb-walk thead th {{writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: 4px 1px; opacity: 0.8}}
 .wb-walk tbody th {{opacity: 0.8; text-align: left}}
 .wb-walk .p {{background: color-mix(in srgb, {VERMILLION} calc(var(--a) * 1%), transparent)}}
@@ -113,7 +114,8 @@ def _numbers(value: Value) -> str:
         label = value.row_labels[i] if value.row_labels else f"{axis} {i}"
         first = f"<th scope='row'>{escape(label)}</th>" if corner else ""
         body += f"<tr>{first}{''.join(_cell(x, largest, whole, digits) for x in row)}</tr>"
-    return f"<table>{f'<thead><tr>{corner}{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
+    wide = " class='wide'" if rows.shape[1] > MAX_COLUMNS // 2 else ""
+    return f"<table{wide}>{f'<thead><tr>{corner}{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
 
 
 def _cell(x: float, largest: float, whole: bool, digits: int) -> str:
