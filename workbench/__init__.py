@@ -67,6 +67,8 @@ _HOME = {
     "KVCacheGrowth": "widgets.memory",
     "OverlapTimeline": "widgets.timeline",
     "RunControls": "widgets.controls",
+    "Stepper": "widgets.stepper",
+    "walk_token": "walk",
     "WorkbenchError": "errors",
     "InputError": "errors",
 }
