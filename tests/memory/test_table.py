@@ -89,14 +89,13 @@ def test_gather_fills_the_buffer_it_is_given(table):
 def test_every_fp8_code_and_scale_is_decoded_exactly(tmp_path):
     codes = np.arange(256, dtype=np.uint8)
     codes[[0x7F, 0xFF]] = 0  # the two that are NaN
-    codes = np.tile(codes.reshape(8, 32), (255, 1))
-    scales = np.repeat(np.arange(255, dtype=np.uint8), 8)[:, None]
+    codes = np.tile(codes.reshape(8, 32), (247, 1))
+    scales = np.repeat(np.arange(247, dtype=np.uint8), 8)[:, None]  # up to 2^119: beyond, 448 of it are no float32
     with EngramTable.from_rows(tmp_path / "t", np.hstack([codes, scales]), "fp8") as table:
         found = table.gather(np.arange(table.rows))
         np.testing.assert_array_equal(table.gather_raw([[2]])[0, 0], np.hstack([codes[2], scales[2]]))
     value = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy()
-    with np.errstate(over="ignore"):  # 448 * 2^127 is beyond float32, as it should be
-        np.testing.assert_array_equal(found, (value * 2.0 ** (scales.astype(float) - 127)).astype(np.float32))
+    np.testing.assert_array_equal(found, (value * 2.0 ** (scales.astype(float) - 127)).astype(np.float32))
 
 
 @pytest.mark.parametrize("width", [1, 31, 33, 256])
@@ -370,6 +369,8 @@ def test_impossible_tables_are_refused_and_leave_nothing(tmp_path, arguments, me
         ([np.ones((2, 2)), np.array([[1.0, 1e5]])], "fp16", "rows 2 and on: value 1 of row 0 is too large for fp16"),
         (np.array([[3.4e38]], np.float32), "bf16", "too large for bf16"),
         (np.full((1, 33), 0x7F, np.uint8), "fp8", "NaN or infinity"),
+        (np.full((1, 33), 0xFE, np.uint8), "fp8", "NaN or infinity"),  # 448 * 2^127
+        (np.array([[0x0F, 0xFF]], np.uint8), "fp8", "NaN or infinity"),
         (np.full((1, 4), 0x7C, np.uint8), "fp16", "NaN or infinity"),
         (np.zeros((1, 5), np.uint8), "bf16", "2 values have 4 bytes"),
     ],
@@ -494,12 +495,37 @@ def test_places_that_take_no_table_are_refused(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_one_clear_error(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(WorkbenchError, match="cannot be written"):
-        EngramTable.create(tmp_path / "t", 3, 4)
-    tmp_path.chmod(0o700)
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="permissions are Unix's")
+@pytest.mark.parametrize("mode", [0o555, 0o444])
+def test_a_folder_without_permission_is_one_clear_error(tmp_path, mode):
+    """A real read-only folder, and one that may not be entered. Root may write anywhere, so there the child gives that up."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    folder.chmod(mode)
+    code = f"""
+import os, workbench as wb
+from workbench.memory import table
+os.chdir({str(tmp_path)!r})
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    wb.EngramTable.create("theirs/t", 3, 4)
+except wb.WorkbenchError as error:
+    print(error)
+try:
+    wb.EngramTable.open("theirs/t")
+except wb.InputError as error:
+    print(error)
+"""
+    tmp_path.chmod(0o755)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    folder.chmod(0o755)
+    made, opened = out.stdout.splitlines()
+    assert "theirs/t cannot be written (Permission denied)" in made
+    assert "choose a folder you may write in" in made and "theirs/t cannot be opened" in opened
+    assert not list(folder.iterdir())
 
 
 # -- bounded memory, threads, imports --------------------------------------------------------------------------------------

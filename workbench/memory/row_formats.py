@@ -20,6 +20,7 @@ FORMATS = ("fp16", "bf16", "fp8")
 SCALE_RUN = 32  # values that share one scale
 SCALE_BIAS = 127
 _NO_SCALE, _NO_CODE = 255, 0x7F  # NaN as a scale, and as a code without its sign
+_ALWAYS_FINITE = 246  # the largest scale byte with which no code leaves float32
 _SIGN_AND_VALUE = np.int32(-0x78100000)  # 0x87F00000: where a code, moved up by 20 bits, lies in a float32
 _BIAS_DIFFERENCE = np.float32(2.0**120)  # float32's exponents count from -127, E4M3's from -7
 _SCALES = np.ldexp(np.float32(1), np.arange(_NO_SCALE) - SCALE_BIAS).astype(np.float32)
@@ -64,7 +65,8 @@ def decode(raw: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.nda
     np.bitwise_and(moved, _SIGN_AND_VALUE, out=moved)
     np.multiply(out, _BIAS_DIFFERENCE, out=out)
     scales = np.repeat(np.take(_SCALES, raw[:, width:], mode="clip"), SCALE_RUN, axis=1)
-    return np.multiply(out, scales[:, :width], out=out)
+    with np.errstate(over="ignore"):  # only the largest scales, which no encoder chooses, go beyond float32
+        return np.multiply(out, scales[:, :width], out=out)
 
 
 def encode(values: Any, dtype: str) -> np.ndarray:
@@ -109,6 +111,9 @@ def check_stored(raw: np.ndarray, dtype: str, width: int) -> np.ndarray:
     raw = np.ascontiguousarray(raw)
     if dtype == "fp8":
         bad = bool(((raw[:, :width] & _NO_CODE) == _NO_CODE).any() or (raw[:, width:] == _NO_SCALE).any())
+        if not bad and (raw[:, width:] > _ALWAYS_FINITE).any():
+            with np.errstate(over="ignore"):
+                bad = not np.isfinite(decode(raw, dtype)).all()
     else:
         exponent = np.uint16(0x7C00 if dtype == "fp16" else 0x7F80)
         bad = bool(((raw.view(np.uint16) & exponent) == exponent).any())

@@ -182,9 +182,10 @@ def writing(path: Path, dtype: str, width: int, content: str, needed_bytes: int 
     WorkbenchError if the folder cannot be written in or the disk fills up.
     """
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder; make it first or give the table another path")
-    if path.is_dir() or (path.exists() and not _begins_as_table(path)):
+    # unlike Path.exists, these raise nothing in a folder that may not be entered; os.open below says it
+    if os.path.isdir(path) or (os.path.exists(path) and not _begins_as_table(path)):
         raise InputError(f"{path} exists and is not an Engram table; it was left alone, give the table another path")
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
