@@ -46,6 +46,7 @@ ALLOWED = {
     "training": CORE,
     "figures": {"numpy", "plotly", "PIL"},
     "widgets": {"numpy", "plotly", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython"},
+    "frontend": {"jupyter_core", "jupyter_client"},  # only when asked what is there
     "cli": {"jupyterlab"},
 }
 # What loading a layer may pull in, through any chain of imports at the top of files.
@@ -55,7 +56,7 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
-            *("exercises", "glossary", "caches"),
+            *("exercises", "glossary", "caches", "frontend"),
         ),
         {"torch", "plotly"},
     ),

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from workbench import runtime
+from workbench import frontend, runtime
 from workbench.devices import devices
 from workbench.errors import InputError, WorkbenchError
 from workbench.presets import presets
@@ -275,7 +275,7 @@ def _import(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     """One line per thing looked at: ok, warning (works, with a limit), or MISSING, with what to do. Status 1 if missing."""
     python = ("ok", f"Python {platform.python_version()} at {sys.executable}")
-    lines = [python, *_check_packages(), *_check_machine(), _check_browser(), *_check_checkpoints()]
+    lines = [python, *_check_packages(), *_check_widgets(), *_check_machine(), _check_browser(), *_check_checkpoints()]
     for level, text in lines:
         print(f"{level:8} {text}")
     return int(any(level == "MISSING" for level, _ in lines))
@@ -298,6 +298,13 @@ def _check_packages() -> list[tuple[str, str]]:
         return [*lines, ("ok", f"{name} {version}")]
     found = "is not installed" if version is None else f"{version} is not {bounds.strip('=')}"
     return [*lines, ("warning", f"{name} {found}: pip install --no-deps {name}{bounds} (for the tests)")]
+
+
+def _check_widgets() -> list[tuple[str, str]]:
+    try:
+        return frontend.widget_checks()
+    except ImportError as error:
+        return [("MISSING", f"Jupyter cannot be imported ({error}): pip install -e .")]
 
 
 def _check_machine() -> list[tuple[str, str]]:
