@@ -14,7 +14,6 @@ The record goes to ``benchmarks/results/engram-<device>.json``.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import statistics
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 
 import workbench as wb
+from benchmarks import _record
 from workbench.errors import InputError, WorkbenchError
 from workbench.live import encode
 from workbench.memory.hot_rows import HotRows
@@ -40,7 +40,7 @@ from workbench.memory.table import EngramTable
 from workbench.memory.table_file import PAGE
 from workbench.model.engram import NgramHash
 from workbench.needle import sample_text
-from workbench.runtime import available_bytes, machine, size_text, slug
+from workbench.runtime import available_bytes, size_text
 
 WIDTH = 80  # values of a row
 SIZES = (2**24, 2**26, 2**28, 2**30)
@@ -49,7 +49,6 @@ BAR = 1.1  # gather / numpy.take
 HEAD_ROWS = 170_000  # of each of the 24 tables that one token reads, as in V4.1: 4.1 million rows, 1 GiB as FP8
 CAPACITIES = (4_000, 16_000, 64_000, 256_000)  # rows that a cache may hold
 TOKENS = 256  # of text in a call
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -62,23 +61,18 @@ def main(arguments: Sequence[str] = ()) -> None:
     text = text_rows(*((700, 20_000) if quick else (HEAD_ROWS, 10**9)))
     folder = options.folder or Path(tempfile.gettempdir())
     check_room(folder, sizes, text[0] * row_bytes("fp8", 256))
-    found: dict[str, Any] = {"machine": machine(), "row values": WIDTH, "bar": BAR}
-    print(f"{found['machine']['device']}, load {found['machine']['load_average']:.1f}; rows of {WIDTH} float16, ns a row\n")
+    found = _record.begin("engram", **{"row values": WIDTH, "bar": BAR})
+    print(f"{found['machine']['device']}, load {found['machine']['load_average']}; rows of {WIDTH} float16, ns a row\n")
     with temporary(folder) as place:
         found["sizes"] = [of_size(place, size, rounds) for size in sizes]
         path = place / f"{sizes[-1]}.table"
         found["cold"] = cold(path, 3 if quick else 7)
         found["longest gap"] = lock_gaps(path, 3 if quick else 9)
         found["hot rows"] = hot_rows(place, *text, *(((500, 2000), 2) if quick else (CAPACITIES, 16)))
-    found["load after"] = machine()["load_average"]
     worst = max(size["ratio"] for size in found["sizes"])
     print(f"\ngather in memory takes at most {worst:.2f} times numpy.take (bar {BAR}: {'met' if worst <= BAR else 'NOT met'})")
     if not quick:
-        name = slug(found["machine"]["device"])
-        RESULTS.mkdir(exist_ok=True)
-        record = RESULTS / f"engram-{name}.json"
-        record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"record: {record.relative_to(RESULTS.parents[1])}")
+        _record.store(found)
 
 
 @contextmanager

@@ -359,7 +359,7 @@ class EngramTable:
     def _readable(self) -> np.ndarray:
         file, raw = self._opened(), self._raw
         assert raw is not None
-        # Reading a mapped page beyond the file's end would end this process; asking costs less than a microsecond.
+        # Reading a mapped page beyond the file's end would end this process; asking costs about a microsecond.
         if not self.in_memory and (size := os.fstat(file.fileno()).st_size) != self.header.file_bytes:
             what = "been cut short" if size < self.header.file_bytes else "grown"
             sizes = f"{size:,} bytes, not {self.header.file_bytes:,}"
