@@ -19,7 +19,6 @@ bound by a scan of the scores, gathering by rows of 256 bytes that lie apart.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -36,6 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import workbench as wb
+from benchmarks import _record
 from workbench import checkpoint
 from workbench.config import HybridConfig
 from workbench.model.attention.core import attend_one
@@ -43,7 +43,7 @@ from workbench.model.compressor import Compressor
 from workbench.model.indexer import topk_lower_first
 from workbench.model.kv_cache import KVCache, gather_rows
 from workbench.model.transformer import V4Model
-from workbench.runtime import device_name, machine, pick_device, slug, synchronize, use_threads
+from workbench.runtime import device_name, pick_device, synchronize, use_threads
 
 CONFIG = HybridConfig(
     vocab_size=512,
@@ -72,7 +72,6 @@ CHUNK, PREFILL, LONG, RECORDED = 1024, 16384, 65536, 65536
 ROUNDS, DECODED = 3, 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BARS = {"prefill": 5.0, "decode": 3.0, "growth": 1.6, "peak growth": 4.5, "recorded GB": 3.0}
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -84,12 +83,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     device, scale = pick_device(options.device), 8 if options.quick else 1
     if device.type == "cpu":
         use_threads(1)
-    found: dict[str, Any] = {
-        "machine": machine(accelerator=True) | {"measured_on": device_name(device)},
-        "dtype": options.dtype,
-        "config": CONFIG.to_dict() | {"chunk": CHUNK},
-        "tokens": {"prefill": PREFILL // scale, "longest": LONG // scale, "recorded": RECORDED // scale},
-    }
+    found = _record.begin(
+        "attention",
+        measured_on=device_name(device),
+        dtype=options.dtype,
+        config=CONFIG.to_dict() | {"chunk": CHUNK},
+        tokens={"prefill": PREFILL // scale, "longest": LONG // scale, "recorded": RECORDED // scale},
+    )
     ours = make(device, options.dtype)
     theirs = their_model(ours) if (device.type, options.dtype) == ("cpu", "fp32") else None
     with torch.inference_mode():
@@ -98,14 +98,9 @@ def main(arguments: Sequence[str] = ()) -> None:
         found["parts"] = parts(ours, PREFILL // scale, found["speed"])
     if device.type == "cpu":
         found["memory"] = memory(scale)
-    found["load_after"] = machine()["load_average"]
     report(found)
     if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        name = slug(f"{device_name(device)} {options.dtype}")
-        path = RESULTS / f"attention-{name}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"stored in {path}")
+        _record.store(found, f"{found['measured_on']} {options.dtype}")
 
 
 def make(device: torch.device, dtype: str) -> V4Model:
@@ -347,7 +342,7 @@ def decode_work(model: V4Model, context: int) -> tuple[int, int]:
 def report(found: dict[str, Any]) -> None:
     speed, grown, pieces, held = found["speed"], found["growth"], found["parts"], found.get("memory")
     tokens, m = found["tokens"], found["machine"]
-    print(f"{m['measured_on']}, {found['dtype']}, torch {m['torch']}, {m['threads']} thread(s), load {m['load_average']}")
+    print(f"{found['measured_on']}, {found['dtype']}, torch {m['torch']}, {m['threads']} thread(s), load {m['load_average']}")
     print(f"prefill of {tokens['prefill']:,}: {speed['prefill s']:.2f} s", end="")
     if "prefill ratio" in speed:
         print(f", theirs / ours {speed['prefill ratio']:.2f} (bar {BARS['prefill']})", end="")

@@ -7,7 +7,6 @@ weights, over the machine's copy bandwidth. The measurements go into a file unde
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from benchmarks import _record
 from workbench import runtime
 from workbench.cli import token_count
 from workbench.errors import InputError
@@ -25,7 +25,6 @@ from workbench.true_size import MAX_LENGTH, TrueSizeLayer, true_size_layer
 LENGTHS = "8K,64K,512K,1M"
 LAYERS = "v4-flash:csa,v4-flash:hca,v4.1-flash:csa2-full,v3.2:mla-dsa,gqa-8:gqa"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-RESULTS = Path(__file__).parent / "results"
 ROW = "{:24} {:>9} {:>14} {:>14} {:>12} {:>10} {:>10} {:>8}"
 
 
@@ -37,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] = ()) -> None:
     options = read_options(arguments)
     runtime.use_threads(options.threads)
-    bar, began = Progress(), {"machine": runtime.machine(accelerator=True), "threads": options.threads}
+    bar, began = Progress(), _record.begin("layer", threads=options.threads)
     found: dict[str, list[dict[str, Any]]] = {"measured": [], "fills": [], "refused": []}
     print(f"{runtime.device_name(runtime.pick_device(options.device))}, {options.dtype}, {options.threads} threads")
     if (began["machine"]["load_average"] or 0) > runtime.cores():
@@ -50,7 +49,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     finally:  # what was measured before an interruption is kept
         bar.clear()
         if found["measured"]:
-            write(options.out, began | found)
+            device = found["measured"][0]["device"]
+            _record.store(began | {"device": device} | found, device, options.out)
 
 
 def measure(preset: str, kind: str, options: argparse.Namespace, bar: Progress, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -94,15 +94,6 @@ def row(name: str, m: LayerMeasurement) -> str:
     numbers = (f"{m.length:,}", f"{m.held_bytes:,}", f"{m.read_bytes:,}", f"{m.weight_bytes:,}")
     times = (f"{1e3 * m.step_s:,.2f}", f"{1e3 * m.floor_s:,.2f}", f"{m.over_floor:.2f}")
     return ROW.format(name, *numbers, *times)
-
-
-def write(path: Path | None, result: dict[str, Any]) -> None:
-    device = result["measured"][0]["device"]
-    if path is None:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"layer-{runtime.slug(device)}.json"
-    path.write_text(json.dumps({"benchmark": "layer", "device": device} | result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path}")
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:

@@ -12,30 +12,26 @@ goes to ``benchmarks/results/overlap-<device>.json``.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import workbench as wb
+from benchmarks import _record
 from workbench.memory.executors import EmulatedDevice
 from workbench.memory.overlap import Lab, OverlapResult, overlap_experiment
 from workbench.memory.predict import OverlapGrid, lookup_alone, overlap_grid
 from workbench.memory.prefetch import POLICIES
-from workbench.runtime import machine, slug
 
 WINDOWS_MS = (5.0, 10.0, 20.0, 50.0)
 BARS = {"over ideal": 0.06, "hidden": 0.9, "prediction error": 0.15, "points": 27, "failing": 9}
 QUIET = 0.25  # cores that other processes may keep busy
 DECODED = 64
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -44,7 +40,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = parser.parse_args(arguments)
     rounds = 3 if options.quick else 15
     executors = ["emulated", "cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    found: dict[str, Any] = {"machine": machine(accelerator=True), "niceness": niceness(), "bars": BARS, "windows": []}
+    found = _record.begin("overlap", bars=BARS, windows=[])
     print(f"{found['machine']['device']}, niceness {found['niceness']}\n")
     per_row = seconds_per_row()
     for executor in executors:
@@ -59,16 +55,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     found["decode ms a token"] = decode(3 if options.quick else 9)
     print(f"tiny-v4-engram, decoding: {found['decode ms a token']} ms a token")
     if not options.quick:
-        name = slug(found["machine"]["device"])
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"overlap-{name}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"record: {path.relative_to(RESULTS.parents[1])}")
-
-
-def niceness() -> int | None:
-    """Of this process: below 0 it came before others that wanted the cores."""
-    return os.nice(0) if hasattr(os, "nice") else None
+        _record.store(found)
 
 
 def seconds_per_row() -> float:

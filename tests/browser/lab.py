@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nbformat
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -49,7 +51,17 @@ RUN_ALL = """async () => {
     window.ranAll = null;
     window.jupyterapp.commands.execute("notebook:run-all-cells").then((ok) => { window.ranAll = String(ok); });
 }"""
+FAILED_OUTPUTS = "[data-mime-type='application/vnd.jupyter.stderr'], [data-mime-type='application/vnd.jupyter.error']"
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map((e) => e.innerText.trim())"
+
+
+def write_notebook(folder: Path, *cells: str) -> Path:
+    """A notebook of those code cells in ``folder``, for ``serve``."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = folder / "cells.ipynb"
+    nbformat.write(notebook, path)
+    return path
 
 
 @contextmanager
@@ -127,9 +139,11 @@ class Browser:
         self.page.wait_for_function("window.ranAll !== null")
         self.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
 
-    def prompts(self) -> list[str]:
-        """ "[3]:" of every code cell."""
-        return self.page.evaluate(PROMPTS)
+    def check_that_all_ran(self) -> None:
+        """Every code cell has run, and none left an error or a warning behind."""
+        prompts = self.page.evaluate(PROMPTS)
+        assert prompts and all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in prompts), prompts
+        assert self.page.locator(FAILED_OUTPUTS).all_inner_texts() == []
 
     def cell(self, source: str) -> Locator:
         """The code cell whose source contains ``source``."""

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-import pytest
+from typing import Any
 
 from tests.browser.lab import ROOT, Browser, browse, serve
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Playwright
-
 NOTEBOOK = ROOT / "notebooks" / "00_start_here.ipynb"
-FAILED_OUTPUTS = "[data-mime-type='application/vnd.jupyter.stderr'], [data-mime-type='application/vnd.jupyter.error']"
 PROMPT = "A silver piano stands in the garden"
 ENOUGH_TOKENS = "4000"  # a run that is still going when Pause is pressed
-
-
-@pytest.fixture(scope="module")
-def driver(chromium_path: str) -> Iterator[Playwright]:
-    from playwright.sync_api import sync_playwright  # chromium_path has skipped the test if it is missing
-
-    with sync_playwright() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def notebook(driver: Playwright, chromium_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """The notebook with all cells run, in the light theme: one server and one kernel for the tests of this file."""
-    folder = tmp_path_factory.mktemp("lab")
-    with serve(NOTEBOOK, folder) as url, browse(driver, chromium_path, folder) as browser:
-        browser.open_and_run_all(url)
-        yield browser
-
-
-@pytest.fixture(autouse=True)
-def _nothing_goes_wrong_unseen(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "notebook" in request.fixturenames:
-        assert request.getfixturevalue("notebook").problems == []
 
 
 def test_on_a_slow_processor_in_the_dark_theme_every_widget_starts_and_answers(driver, chromium_path, tmp_path):
@@ -67,8 +36,7 @@ def test_on_a_slow_processor_in_the_dark_theme_every_widget_starts_and_answers(d
 
 
 def test_every_cell_runs_without_a_warning_and_the_first_picture_is_there(notebook):
-    assert all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in notebook.prompts())
-    assert notebook.page.locator(FAILED_OUTPUTS).count() == 0
+    notebook.check_that_all_ran()
     first = notebook.cell('wb.Trace.load("needle")')
     assert "recorded" in first.inner_text() and "toy, trained" in first.inner_text()
     notebook.until("document.querySelector('.wb-picture img')?.naturalWidth > 100", "the recorded attention map is drawn")

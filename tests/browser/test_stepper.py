@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.lab import Browser, browse, serve
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Playwright
+from tests.browser.lab import Browser, browse, serve, write_notebook
 
 CELLS = (
     "import workbench as wb",
@@ -22,38 +16,8 @@ CELLS = (
 
 
 @pytest.fixture(scope="module")
-def driver(chromium_path: str) -> Iterator[Playwright]:
-    from playwright.sync_api import sync_playwright  # chromium_path has skipped the test if it is missing
-
-    with sync_playwright() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def notebook_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("notebook") / "stepper.ipynb"
-    cells = [
-        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
-        for i, source in enumerate(CELLS)
-    ]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def notebook(driver, chromium_path, notebook_file, tmp_path_factory) -> Iterator[Browser]:
-    folder = tmp_path_factory.mktemp("lab")
-    with serve(notebook_file, folder) as url, browse(driver, chromium_path, folder) as browser:
-        browser.open_and_run_all(url)
-        yield browser
-
-
-@pytest.fixture(autouse=True)
-def _nothing_goes_wrong_unseen(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "notebook" in request.fixturenames:
-        assert request.getfixturevalue("notebook").problems == []
+    return write_notebook(tmp_path_factory.mktemp("notebook"), *CELLS)
 
 
 def shows(browser: Browser, step: int) -> None:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import nbformat
 import pytest
 
-from tests.browser.lab import Browser, browse, serve
+from tests.browser.lab import Browser, write_notebook
 from tests.profiler_traces import cuda_trace, large_trace
 from workbench import chrome_trace
 from workbench.trace import Trace
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Playwright
 
 CELL = 'import workbench as wb\nwidget = wb.OverlapTimeline(wb.Trace.load("needle"))\nwidget'
 # Notes how long the page's own clock stood still at most; a page that is held up misses its turns.
@@ -28,31 +22,15 @@ TAB_TO = "(name) => document.activeElement.textContent.trim() == name"
 
 
 @pytest.fixture(scope="module")
-def driver(chromium_path: str) -> Iterator[Playwright]:
-    from playwright.sync_api import sync_playwright  # chromium_path has skipped the test if it is missing
-
-    with sync_playwright() as started:
-        yield started
+def notebook_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_notebook(tmp_path_factory.mktemp("notebook"), CELL)
 
 
-def notebook_in(folder: Path) -> Path:
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    path = folder / "timeline.ipynb"
-    nbformat.write(notebook, path)
-    return path
-
-
-@pytest.fixture(scope="module", params=["JupyterLab Light"])
-def page(request, driver: Playwright, chromium_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    folder = tmp_path_factory.mktemp("lab")
-    path = notebook_in(tmp_path_factory.mktemp("notebook"))
-    with serve(path, folder, request.param) as url, browse(driver, chromium_path, folder) as browser:
-        browser.open_and_run_all(url)
-        browser.press(browser.page.locator(".jp-CodeCell"), "Import or export a trace")
-        browser.until("document.querySelector('.wb-files button')", "the buttons are there")
-        yield browser
-        assert browser.problems == []
+@pytest.fixture(scope="module")
+def page(notebook: Browser) -> Browser:
+    notebook.press(notebook.page.locator(".jp-CodeCell"), "Import or export a trace")
+    notebook.until("document.querySelector('.wb-files button')", "the buttons are there")
+    return notebook
 
 
 def give(page: Browser, path: Path) -> None:

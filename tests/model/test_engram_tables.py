@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 
 import workbench as wb
 from tests.slow_reference import random_ids
-from workbench.errors import InputError
-from workbench.model.engram import FileTable, HostTable, table_path, use_tables, write_tables
+from workbench.errors import InputError, WorkbenchError
+from workbench.memory.rows import TableSource
+from workbench.model.engram import HostTable, table_path, use_tables, write_tables
 
 
 @pytest.fixture(params=["tiny-v4-engram", "tiny-v41"])
@@ -58,11 +62,32 @@ def test_a_table_that_does_not_fit_leaves_the_model_as_it_was(model, tmp_path):
     assert all(isinstance(model.blocks[i].engram.table, HostTable) for i in model.config.engram.layer_ids)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody cut an open mapped file")
+def test_a_file_cut_short_under_a_model_is_an_error_that_names_layer_and_file(model, tmp_path):
+    ids = random_ids(model.config, 1, 30)
+    write_tables(model, tmp_path)
+    use_tables(model, tmp_path)
+    layer = model.config.engram.layer_ids[0]
+    os.truncate(table_path(tmp_path, layer), 8192)
+    for policy in ("prefetch", "serial", "resident"):
+        with torch.inference_mode(), pytest.raises(WorkbenchError, match=f"layer {layer} could not be.*cut short since"):
+            model(ids, prefetch=policy)
+
+
+def test_a_copy_of_all_rows_is_made_once(model, tmp_path):
+    write_tables(model, tmp_path)
+    use_tables(model, tmp_path, hot_rows=50)
+    source = model.blocks[model.config.engram.layer_ids[0]].engram.table
+    held = source.resident(torch.device("cpu"))
+    assert source.resident(torch.device("cpu")) is held and torch.equal(held, source.weight)
+    assert source.table.counts.asked == len(held)  # weight went past the cache
+
+
 def test_a_model_that_reads_from_files_is_saved_with_its_rows(model, tmp_path):
     ids = random_ids(model.config, 1, 30)
     write_tables(model, tmp_path / "rows")
     use_tables(model, tmp_path / "rows")
-    assert any(isinstance(module, FileTable) for module in model.modules())
+    assert any(isinstance(module, TableSource) for module in model.modules())
     from workbench import checkpoint
 
     checkpoint.save(model, tmp_path / "saved")

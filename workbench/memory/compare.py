@@ -94,7 +94,8 @@ def compare_prefill(
     use_threads(threads_for_run())
     table = TimingTable(table_bytes, tokens)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    own_table = sum(model.blocks[i].engram.table.weight.nbytes for i in engram.layer_ids)
+    layers = [model.blocks[i].engram for i in engram.layer_ids]
+    own_table = sum(layer.hash.rows * layer.table.width * layer.table.dtype.itemsize for layer in layers)
     size = f"{table_bytes / 2**20:.0f} MiB"
     note = (
         f"one prefill of {tokens:,} tokens; each lookup also reads {TIMING_ROWS} rows a token of a {size} "

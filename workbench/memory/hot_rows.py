@@ -102,6 +102,10 @@ class HotRows:
         np.take(self.table.decode(stored), where.reshape(-1), axis=0, out=out.reshape(len(ids), self.width), mode="clip")
         return out
 
+    def all_values(self) -> np.ndarray:
+        """As ``EngramTable.all_values``: past the cache, which keeps its rows."""
+        return self.table.all_values()
+
     def clear(self) -> None:
         """Forget all rows and counts."""
         with self._lock:

@@ -9,13 +9,13 @@ that is predicted. Both kinds are taken in turn, so that a machine with other wo
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -113,7 +113,7 @@ class OverlapGrid:
 
     @property
     def median_error(self) -> float:
-        return statistics.median(point.relative_error for point in self.failing) if self.failing else float("nan")
+        return median(point.relative_error for point in self.failing) if self.failing else float("nan")
 
     @property
     def agreeing(self) -> int:
@@ -196,7 +196,7 @@ def overlap_grid(
     return OverlapGrid(
         points=points,
         table=lab.about,
-        slowdowns=(_median(s.compute_slowdown for s in real), _median(s.lookup_slowdown for s in real)) if real else (1.0, 1.0),
+        slowdowns=(median(s.compute_slowdown for s in real), median(s.lookup_slowdown for s in real)) if real else (1.0, 1.0),
         load_average=load.average,
         foreign_cores=load.foreign_cores,
     )
@@ -219,7 +219,7 @@ def _round(
             sample.lookup_s.setdefault(count, []).append(lookup_alone(lab, count)[1])
         elif what == "hand-off":
             trips = [lookup_alone(lab, TINY) for _ in range(5)]
-            sample.begin_s, sample.wake_s = (_median(trip[side] for trip in trips) for side in (0, 2))
+            sample.begin_s, sample.wake_s = (median(trip[side] for trip in trips) for side in (0, 2))
         elif what == "window":
             start, end = lab.executor.times(lab.executor.block(window / 1e3))
             sample.window_s[window] = end - start
@@ -259,7 +259,7 @@ def beside(lab: Lab, rows: int) -> tuple[float, float]:
 def _point(key: tuple[Contention, int, float], samples: list[Sample], stalls: list[float]) -> GridPoint:
     kind, rows, window = key
     lookup, begin, wake = (
-        _median(values)
+        median(values)
         for values in (
             [seconds for s in samples for seconds in s.lookup_s[rows]],
             [s.begin_s for s in samples],
@@ -267,12 +267,12 @@ def _point(key: tuple[Contention, int, float], samples: list[Sample], stalls: li
         )
     )
     predicted = predict_stall(
-        _median(s.window_s[window] for s in samples),
+        median(s.window_s[window] for s in samples),
         lookup,
         begin_s=begin,
         wake_s=wake,
-        compute_slowdown=_median(s.compute_slowdown for s in samples),
-        lookup_slowdown=_median(s.lookup_slowdown for s in samples),
+        compute_slowdown=median(s.compute_slowdown for s in samples),
+        lookup_slowdown=median(s.lookup_slowdown for s in samples),
     )
     return GridPoint(
         rows=rows,
@@ -281,7 +281,7 @@ def _point(key: tuple[Contention, int, float], samples: list[Sample], stalls: li
         lookup_ms=1e3 * lookup,
         handoff_ms=1e3 * (begin + wake),
         predicted_ms=1e3 * predicted,
-        measured_ms=1e3 * statistics.median(stalls),
+        measured_ms=1e3 * median(stalls),
         rounds_ms=tuple(1e3 * stall for stall in stalls),
     )
 
@@ -314,10 +314,6 @@ def _sizes(lab: Lab) -> tuple[int, ...]:
         lookup_alone(lab, SIZING_ROWS)
     per_row = min(lookup_alone(lab, SIZING_ROWS)[1] for _ in range(SIZINGS)) / SIZING_ROWS  # not what a busy moment adds
     return tuple(1024 * max(1, round(ms / 1e3 / per_row / 1024)) for ms in LOOKUPS_MS)
-
-
-def _median(values: Any) -> float:
-    return statistics.median(values)
 
 
 def _check(rows: Sequence[int] | None, windows_ms: Sequence[float], contentions: Sequence[Contention], rounds: int) -> None:

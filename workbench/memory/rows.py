@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.runtime import available_bytes, size_text
@@ -30,12 +31,14 @@ class RowSource(Protocol):
         """All rows, on ``device``."""
 
 
-class TableSource:
-    """A ``wb.EngramTable``, or anything with its ``rows``, ``width`` and ``gather(row_ids, out=None)``, as a RowSource."""
+class TableSource(nn.Module):
+    """A ``wb.EngramTable`` or anything with its ``rows``, ``width`` and ``gather(row_ids, out=None)``, as a RowSource.
 
-    in_memory = False
+    A module, so that a model can have one in place of rows of its own (``use_tables``); nothing of it is learnt.
+    """
 
     def __init__(self, table: Any) -> None:
+        super().__init__()
         missing = [name for name in ("rows", "width", "gather") if not hasattr(table, name)]
         if missing:
             raise InputError(f"a table needs rows, width and gather(row_ids, out), {type(table).__name__} lacks {missing}")
@@ -45,11 +48,15 @@ class TableSource:
         self._resident: Tensor | None = None
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """rows [n] -> values [n, width], into ``out`` if given."""
         values = self.table.gather(rows.numpy(), out=None if out is None else out.numpy())
         return out if out is not None else torch.from_numpy(values)
 
     def resident(self, device: torch.device) -> Tensor:
-        """Raises InputError for a table that fills more than half of the device's free memory."""
+        """All rows [rows, width], a copy on ``device`` that is kept.
+
+        Raises InputError for a table that fills more than half of the device's free memory.
+        """
         if self._resident is None or self._resident.device != device:
             self._resident = None
             nbytes = self.rows * self.width * self.dtype.itemsize
@@ -63,3 +70,14 @@ class TableSource:
                 held[first : first + len(rows)] = self.gather(rows).to(device)
             self._resident = held
         return self._resident
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows [rows, width], to be read only: of a mapped fp16 table the file itself, else gathered into memory."""
+        whole = getattr(self.table, "all_values", None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(whole() if whole else self.table.gather(np.arange(self.rows)))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight  # a model that is saved has its rows

@@ -145,6 +145,10 @@ class EngramTable:
         """Open a table read-only, after checking its header and size. ``in_memory`` reads all of it into this process's memory,
         so that no row is ever waited for; ``advice`` "none" leaves the system to read ahead, for comparison.
 
+        A file that has been cut short meanwhile is an error at the next gather. A disk that fails under a mapped page is not:
+        the system ends the process (SIGBUS). Where that matters, read into memory, where it is an error, or check beforehand
+        with ``verify``, which reads every row.
+
         Raises InputError, with what to do, for a file that is missing, empty, cut short, too long, damaged, of another version,
         or no table at all, and for a table that does not fit in memory.
         """
@@ -355,9 +359,11 @@ class EngramTable:
     def _readable(self) -> np.ndarray:
         file, raw = self._opened(), self._raw
         assert raw is not None
-        # Reading a mapped page beyond the file's end would end this process.
-        if not self.in_memory and os.fstat(file.fileno()).st_size != self.header.file_bytes:
-            raise WorkbenchError(f"{self.path} has changed its size since it was opened; {MAKE_ANEW}")
+        # Reading a mapped page beyond the file's end would end this process; asking costs about a microsecond.
+        if not self.in_memory and (size := os.fstat(file.fileno()).st_size) != self.header.file_bytes:
+            what = "been cut short" if size < self.header.file_bytes else "grown"
+            sizes = f"{size:,} bytes, not {self.header.file_bytes:,}"
+            raise WorkbenchError(f"{self.path} has {what} since it was opened ({sizes}); {MAKE_ANEW}")
         return raw
 
 

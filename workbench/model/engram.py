@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from workbench.config import DeepSeekV4Config, EngramConfig
 from workbench.config.primes import table_primes
 from workbench.errors import InputError
 from workbench.memory.hot_rows import HotRows
+from workbench.memory.rows import TableSource
 from workbench.memory.table import EngramTable
 from workbench.model.layers import Tap
 
@@ -156,7 +156,7 @@ class Engram(nn.Module):
         self.dilation, self.kernel = engram.max_ngram_size, engram.conv_kernel_size
         self.state_length = engram.conv_state_length
         self.hash = NgramHash(engram, layer)
-        self.table: HostTable | FileTable = HostTable(self.hash.rows, engram.head_dim)
+        self.table: HostTable | TableSource = HostTable(self.hash.rows, engram.head_dim)
         self.wkv = nn.Linear(engram.memory_width, (m + 1) * c, bias=False)  # one key per stream, the shared value last
         self.q_weight = nn.Parameter(torch.ones(m, c))
         self.k_weight = nn.Parameter(torch.ones(m, c))
@@ -231,35 +231,6 @@ def check_canonical_ids(canonical: Tensor, engram: EngramConfig) -> None:
         raise InputError(f"tokenizer compression gives {found} ids, the config says {engram.compressed_vocab_size}")
 
 
-class FileTable(nn.Module):
-    """Rows that a model reads from an ``EngramTable`` or through ``HotRows`` instead of holding them; see ``use_tables``."""
-
-    def __init__(self, table: EngramTable | HotRows) -> None:
-        super().__init__()
-        self.source, self.width, self.in_memory = table, table.width, table.in_memory
-        self.dtype = torch.float16 if table.value_dtype == np.float16 else torch.float32
-
-    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """rows [n] -> values [n, width], into ``out`` if given; rows [B, T, R] -> [B, T, R * width]. Nothing is learnt."""
-        values = torch.from_numpy(self.source.gather(rows.numpy(), None if out is None else out.numpy()))
-        return values if rows.dim() < 2 else values.flatten(-2)
-
-    def resident(self, device: torch.device) -> Tensor:
-        """All rows [rows, width], a copy on ``device``."""
-        return self.weight.to(device, copy=True)
-
-    @property
-    def weight(self) -> Tensor:
-        """All rows [rows, width]: of an fp16 table the mapped file itself, else decoded."""
-        table = self.source.table if isinstance(self.source, HotRows) else self.source
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
-            return torch.from_numpy(table.all_values())
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight  # a model that is saved has its rows
-
-
 def table_path(folder: str | Path, layer: int) -> Path:
     """Where ``write_tables`` puts the table of a layer."""
     return Path(folder) / f"engram-layer-{layer}.table"
@@ -309,7 +280,7 @@ def use_tables(model: LanguageModel, folder: str | Path, *, hot_rows: int = 0, i
             table.close()
         raise
     for layer, module in layers.items():
-        module.table = FileTable(sources[layer])
+        module.table = TableSource(sources[layer])
 
 
 def _engram_layers(model: LanguageModel) -> dict[int, Engram]:
