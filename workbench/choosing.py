@@ -167,6 +167,7 @@ class Outcome:
     condition: str
     nats: np.ndarray
     right: np.ndarray
+    label: str
 
     @property
     def mean_nats(self) -> float:
@@ -177,7 +178,7 @@ class Outcome:
         return float(self.right.mean())
 
 
-def label_of(model: LanguageModel) -> str:
+def _label(model: LanguageModel) -> str:
     return f"{model.name} ({model.what}), measured on {device_name(str(model.device))}"
 
 
@@ -247,7 +248,7 @@ def _asked(
         said, wanted = logits[rows, at].log_softmax(-1).cpu(), torch.from_numpy(answers[mine])
         nats.append(-said[rows, wanted].numpy())
         right.append((said.argmax(-1) == wanted).numpy())
-    return Outcome(condition, np.concatenate(nats), np.concatenate(right))
+    return Outcome(condition, np.concatenate(nats), np.concatenate(right), _label(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +277,7 @@ class Majorities:
             raise InputError(f"sequences must be a multiple of 4, got {sequences}")
         held = np.asarray(encode(model, sample_text()))
         self.model, self.batches = model, score.tally_batches(model, held, sequences)
-        self.entries = score.TALLY_LENGTH // model.config.csa_ratio
+        self.label, self.entries = _label(model), score.TALLY_LENGTH // model.config.csa_ratio
         self.questions = int(sum(batch.read_mask.sum() for batch in self.batches))
         self._outcomes: dict[tuple[str, int], Outcome] = {}
 
@@ -323,7 +324,7 @@ class Majorities:
             said, wanted = logits[row, t].log_softmax(-1), torch.from_numpy(batch.ids[row, t + 1])
             nats.append(-said[torch.arange(len(row)), wanted].numpy())
             right.append((said.argmax(-1) == wanted).numpy())
-        return Outcome(f"top-{topk}", np.concatenate(nats), np.concatenate(right))
+        return Outcome(f"top-{topk}", np.concatenate(nats), np.concatenate(right), self.label)
 
     def _windows_alone(self) -> Outcome:
         reach, lines, answers = score.window_reach(self.model), [], []

@@ -1,4 +1,4 @@
-"""What compressing keeps: the weight of each token in an entry, attention's split over window, entries and sink, and RoPE undone.
+"""What compressing keeps: a token's weight in an entry, attention's split over window, entries and sink, and RoPE undone.
 
 Weights are read from the model's own lines while they run, positions are moved by hooks; nothing is computed a second way.
 (reference/deepseek-v4.md, sections 1.1, 1.2, 2.1 and 3)
@@ -107,6 +107,7 @@ class Split:
     token: int
     text: str
     shares: np.ndarray
+    label: str
 
 
 def attention_split(trace: Trace, tokens: Sequence[int]) -> list[Split]:
@@ -129,7 +130,7 @@ def attention_split(trace: Trace, tokens: Sequence[int]) -> list[Split]:
                     raise InputError(f"the entries of token {token} were recorded pooled; choose an earlier token")
                 entries = record.entry_probs[token].astype(np.float64).sum(1)
             shares = np.stack([window, entries, sink], axis=1)
-            found.append(Split(record.layer, record.kind, token, trace.token_texts[token], shares))
+            found.append(Split(record.layer, record.kind, token, trace.token_texts[token], shares, trace.label))
     return found
 
 
@@ -152,7 +153,7 @@ class Moved:
 
 @torch.inference_mode()
 def moved_text(model: LanguageModel, ids: Sequence[int], layer: int, by: Sequence[int]) -> Moved:
-    """Run ``ids`` as if the text began ``by`` tokens later: every rotation is made for later positions, and nothing else changes.
+    """Run ``ids`` as if the text began ``by`` tokens later: rotations are made for later positions, nothing else changes.
 
     ``left_turned`` leaves the inverse rotation of the attention outputs out, in every layer. Raises InputError for a model
     without one, a layer it does not have, no move, and moves outside 0 to 10,000.

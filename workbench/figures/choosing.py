@@ -66,7 +66,8 @@ def index_choice(trace: Trace, layer: int, token: int, groups: Mapping[str, Sequ
                 mode="markers",
                 name=chart_text(f"{said} ({len(entries)})"),
                 marker={"symbol": symbol, "size": 11 if chosen else 7, "color": colour},
-                hovertemplate="entry %{customdata[0]}, tokens %{customdata[1]}–%{customdata[2]}<br>score %{y:.3g}<extra></extra>",
+                hovertemplate="entry %{customdata[0]}, tokens %{customdata[1]}–%{customdata[2]}<br>"
+                "score %{y:.3g}<extra></extra>",
             )
     text = chart_text(visible_text(trace.token_texts[token]))
     title = f"Index scores of query token {token} “{text}”, layer {layer}: {int(kept.sum())} of {len(scores)} entries kept"
@@ -125,7 +126,7 @@ def mass_kept_chart(found: Mapping[str, MassKept]) -> go.Figure:
         own = min(one.topk, len(one.k))
         fig.add_scatter(
             x=[own], y=[100 * one.indexer[own - 1]], name="the model's own k", legendgroup="own", showlegend=column == 1,
-            mode="markers", marker={"symbol": "diamond", "size": 12, "color": VERMILLION, "line": {"color": "#222222", "width": 1}},
+            mode="markers", marker={"symbol": "diamond", "size": 12, "color": VERMILLION},
             hovertemplate="own top-%{x}: %{y:.1f} %<extra></extra>", row=1, col=column,
         )  # fmt: skip
         fig.update_xaxes(title="entries kept (k)", row=1, col=column)
@@ -182,7 +183,7 @@ def wilson(right: np.ndarray, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
-def outcome_bars(outcomes: Sequence[Outcome], label: str, guess_among: int | None = None) -> go.Figure:
+def outcome_bars(outcomes: Sequence[Outcome], guess_among: int | None = None) -> go.Figure:
     """What the right answer cost under each condition, in nats; each bar says how many answers were right.
 
     ``guess_among``: how many answers there are to choose from, for a line at the price of a blind guess among them. InputError
@@ -202,11 +203,12 @@ def outcome_bars(outcomes: Sequence[Outcome], label: str, guess_among: int | Non
     if guess_among:
         price = float(np.log(guess_among))
         fig.add_scatter(
-            x=[price, price], y=[names[0], names[-1]], mode="lines", name=f"a blind guess among {guess_among}: {price:.2g} nats",
+            x=[price, price], y=[names[0], names[-1]], mode="lines",
+            name=f"a blind guess among {guess_among}: {price:.2g} nats",
             line={"color": ORANGE, "dash": "dash", "width": 2}, hoverinfo="skip",
         )  # fmt: skip
     title = f"Nats of the right answer, {len(outcomes[0].nats)} questions each"
-    styled(fig, f"{title}<br>{chart_text(label)}", height=150 + 36 * len(outcomes) + (40 if guess_among else 0))
+    styled(fig, f"{title}<br>{chart_text(outcomes[0].label)}", height=150 + 36 * len(outcomes) + (40 if guess_among else 0))
     fig.update_xaxes(title="nats: −ln of the probability the answer got", rangemode="tozero")
     fig.update_yaxes(autorange="reversed")
     legend: dict[str, Any] = {"showlegend": bool(guess_among), "legend": BELOW, "margin": {"b": 100 if guess_among else 52}}

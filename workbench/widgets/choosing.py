@@ -94,10 +94,8 @@ class TopkTrials(ipw.VBox):
         self.rest.disabled = False
 
     def _draw(self, said: str) -> None:
-        from workbench.choosing import label_of  # brings in torch, which the model has brought in already
-
         self.status.value = _said(said)
-        self.figure = topk_curve(self.outcomes, self.guesses, label_of(self.quiz.model), self.most)
+        self.figure = topk_curve(self.outcomes, self.guesses, self.quiz.label, self.most)
         self.view.outputs = (as_output(self.figure),)
 
 
