@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.errors import InputError
-from workbench.live import encode
+from workbench.live import encode, token_texts
 from workbench.model.indexer import IndexQueries
 from workbench.model.kv_cache import Rows
 from workbench.model.language_model import LanguageModel
@@ -202,13 +202,12 @@ def miss_cost(model: LanguageModel, questions: int = 24, *, tokens: int = NEEDLE
     for trial in range(questions):
         key, value = str(rng.choice(np.array(tasks.KEYS))), str(rng.choice(np.array(tasks.VALUES)))
         depth = (trial + 0.5) / questions * (1 - 2 * far / tokens)
-        ids, at = tasks.haystack(model.tokenizer, held, rng, tokens, key, value, depth)
-        lines.append(ids)
-        needles.append(at)
-    ids, at = np.stack(lines), np.array(needles)
-    asked = np.full(questions, tokens - 1)
-    answers = ids[np.arange(questions), at]
-    own = {layer: [score.entries_of(model.config, layer, int(p)) for p in at] for layer in layers}
+        line, position = tasks.haystack(model.tokenizer, held, rng, tokens, key, value, depth)
+        lines.append(line)
+        needles.append(position)
+    ids, asked = np.stack(lines), np.full(questions, tokens - 1)
+    answers = ids[np.arange(questions), needles]
+    own = {layer: [score.entries_of(model.config, layer, position) for position in needles] for layer in layers}
     kept = score.selected_entries(model, torch.from_numpy(ids))
     others = {layer: [_drawn(rng, kept[layer][i, -2], own[layer][i]) for i in range(questions)] for layer in layers}
     conditions: dict[str, dict[int, list[list[int]]]] = {"as it is": {}, "other kept entries withheld": others}
@@ -311,7 +310,7 @@ class Majorities:
         own = position[(row == line) & (t == last)]
         answers = batch.ids[line, own] == batch.ids[line, last + 1]
         tokens = {name: tuple(map(int, np.sort(own[mask]))) for name, mask in (("answer", answers), ("other", ~answers))}
-        key, answer = (self.model.tokenizer.decode([int(i)]).strip() for i in batch.ids[line, [last - 1, last + 1]])
+        key, answer = (token_texts(self.model, [int(i)])[0].strip() for i in batch.ids[line, [last - 1, last + 1]])
         records = {"a record of the answer": tokens["answer"], "a record of another value": tokens["other"]}
         return Majority(tuple(map(int, batch.ids[line, : last + 1])), key, answer, last - 1, records)
 
