@@ -76,6 +76,7 @@ _HOME = {
     "moved_text": "compressing",
     "EntryWeights": "widgets.compressing",
     "entry_weights": "figures.compressing",
+    "effective_tokens_chart": "figures.compressing",
     "received_weights": "figures.compressing",
     "attention_split_chart": "figures.compressing",
     "moved_chart": "figures.compressing",

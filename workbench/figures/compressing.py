@@ -30,6 +30,7 @@ SHOWN_TEXTS = 32  # rows up to which each token's text stands at its row
 CLEAR_TO_RED = [[0, "rgba(213,94,0,0)"], [1, "rgba(213,94,0,1)"]]
 CLEAR_TO_BLUE = [[0, "rgba(0,114,178,0)"], [1, "rgba(0,114,178,1)"]]
 PLACES = (("window", WINDOW_COLOUR, ""), ("entries", ENTRY_COLOUR, "/"), ("sink", SINK_COLOUR, "x"))
+LINES = ((VERMILLION, "solid"), (BLUE, "dash"), (SINK_COLOUR, "dot"), (GREY, "dashdot"))
 BELOW = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
 MOST_TEXT = 700  # tokens
 STRONGEST = 70  # percent of colour behind a token; text stays readable on it
@@ -97,6 +98,32 @@ def entry_weights(gates: GateWeights, entry: int, texts: Sequence[str]) -> go.Fi
     fig.update_xaxes(title="channel", gridcolor="rgba(0,0,0,0)", row=1, col=1)
     fig.update_xaxes(title="mean weight over the channels (%)", rangemode="tozero", row=1, col=2)
     return fig.update_layout(bargap=0.2, legend=BELOW, margin={"b": 96})
+
+
+def effective_tokens_chart(gates: Sequence[GateWeights]) -> go.Figure:
+    """How many tokens count in a channel of an entry: how often, by layer, on a logarithmic axis.
+
+    Entries with nothing before their block are left out. InputError without layers.
+    """
+    if not gates:
+        raise InputError("give at least one of wb.gate_weights' results")
+    fig = go.Figure()
+    most = max(one.weights.shape[1] for one in gates)
+    edges = np.geomspace(1.0, most, 33)
+    middles = np.sqrt(edges[1:] * edges[:-1])
+    for one, (colour, dash) in zip(gates, LINES, strict=False):
+        later = one.tokens[:, 0] >= 0
+        counts = np.histogram(one.effective_tokens[later], edges)[0]
+        fig.add_scatter(
+            x=middles, y=100 * counts / max(1, counts.sum()), mode="lines",
+            name=f"layer {one.layer} ({one.kind}, {one.weights.shape[1]} rows)", line={"color": colour, "dash": dash, "width": 2},
+            hovertemplate="about %{x:.1f} tokens: %{y:.1f} % of channels<extra></extra>",
+        )  # fmt: skip
+    styled(fig, f"Tokens that count in a channel of an entry<br>{chart_text(gates[0].label)}", height=360)
+    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= most]
+    fig.update_xaxes(title="effective tokens (exp of the entropy)", type="log", tickmode="array", tickvals=ticks)
+    fig.update_yaxes(title="share of the channels (%)", rangemode="tozero")
+    return fig.update_layout(legend=BELOW, margin={"b": 100}, showlegend=True)
 
 
 def received_weights(gates: GateWeights, texts: Sequence[str], marked: Sequence[int] = ()) -> str:
