@@ -35,6 +35,8 @@ ALLOWED = {
     "exercises": {"numpy"},
     "glossary": set(),
     "caches": CORE,  # torch only where a model is fed
+    "choosing": CORE,
+    "compressing": CORE,
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,

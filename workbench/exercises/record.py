@@ -6,8 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["GB", "bytes", "share", "times", "entries", "tokens", "token number", "slot"]
-WHOLE: tuple[Unit, ...] = ("entries", "tokens", "token number", "slot")  # counted, so right only if exact
+Unit = Literal["GB", "bytes", "share", "times", "entries", "entry number", "keys", "weights", "tokens", "token number", "slot"]
+WHOLE: tuple[Unit, ...] = (
+    "entries",
+    "entry number",
+    "keys",
+    "weights",
+    "tokens",
+    "token number",
+    "slot",
+)  # counted, so right only if exact
 ROUNDING = 0.01  # other answers may be rounded to two or three digits
 # Unit -> what the right number looks like in another one, and what to say then.
 _OTHER_UNITS: dict[str, tuple[tuple[Callable[[float], float], str], ...]] = {
