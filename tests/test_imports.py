@@ -32,6 +32,7 @@ ALLOWED = {
     "engram": CORE,  # torch only inside engram_effect
     "walk": CORE,  # its records without torch, see RECORDS below
     "claims": set(),
+    "transcript": set(),
     "exercises": {"numpy"},
     "glossary": set(),
     "caches": CORE,  # torch only where a model is fed
@@ -55,7 +56,7 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
-            *("exercises", "glossary", "caches"),
+            *("exercises", "glossary", "caches", "transcript"),
         ),
         {"torch", "plotly"},
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workbench import cost
 from workbench.config import DenseConfig, HybridConfig
+from workbench.exercises import fitting
 from workbench.exercises.record import Exercise, Mistake
 from workbench.presets import presets
 from workbench.trace import OVERLAPPING, Trace
@@ -243,6 +244,7 @@ def _outside_mistakes() -> tuple[Mistake, ...]:
 EXERCISES: dict[str, Exercise] = {
     exercise.name: exercise
     for exercise in (
+        *fitting.EXERCISES,
         Exercise(
             name="kept by luck",
             notebook=0,
