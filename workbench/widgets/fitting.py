@@ -32,6 +32,8 @@ class WillItFit(ipw.VBox):
     line of ``status``, and the charts stay as they were. Raises InputError for an unknown preset or device, and for no turns.
     """
 
+    _link: Any = None
+
     def __init__(
         self,
         preset: str = "v4-flash",
@@ -88,7 +90,6 @@ class WillItFit(ipw.VBox):
         self.choices: tuple[Choice, ...] = ()
         self.bar: Any = None
         self.figure: Any = None
-        self._grown_for: tuple[Any, ...] = ()
         wrap = ipw.Layout(flex_flow="row wrap")
         controls = (self.preset, self.device, self.cards, self.tp, self.batch)
         about = ipw.HTML(f"<b>Will it fit?</b> {escape(FORMULA)}; the session is a {escape(MADE_UP)}")
@@ -102,7 +103,8 @@ class WillItFit(ipw.VBox):
         self._redraw()
 
     def close(self) -> None:
-        self._link.unlink()
+        if self._link is not None:  # None where __init__ refused its arguments
+            self._link.unlink()
         super().close()
 
     @property
