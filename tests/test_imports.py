@@ -33,6 +33,8 @@ ALLOWED = {
     "walk": CORE,  # its records without torch, see RECORDS below
     "claims": set(),
     "transcript": set(),
+    "sharing": {"numpy"},
+    "prefills": CORE,
     "exercises": {"numpy"},
     "glossary": set(),
     "caches": CORE,  # torch only where a model is fed
@@ -56,12 +58,13 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
-            *("exercises", "glossary", "caches", "transcript"),
+            *("exercises", "glossary", "caches", "transcript", "sharing"),
         ),
         {"torch", "plotly"},
     ),
     **dict.fromkeys(
-        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets"}
+        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size", "prefills"),
+        {"plotly", "PIL", "ipywidgets"},
     ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }
