@@ -91,7 +91,7 @@ def filling_chart(fillings: Sequence[Filling], at: int | None = None) -> go.Figu
             fig.add_scatter(
                 x=ends,
                 y=[room] * 2,
-                name=f"room beside the weights: {size(room)}" + (f" ({chart_text(title)})" if len(rooms) > 1 else ""),
+                name=f"room: {size(room)}" + (f" ({chart_text(title)})" if len(rooms) > 1 else ""),
                 mode="lines",
                 line={"color": GREY, "dash": "dash", "width": 1.5},
                 hovertemplate=f"room: {size(room)}<extra></extra>",
@@ -99,9 +99,7 @@ def filling_chart(fillings: Sequence[Filling], at: int | None = None) -> go.Figu
     if at is not None:
         fig.add_vline(x=at, line={"color": GREY, "width": 1.5})
     lies = fillings[0].lies
-    title = (
-        f"Caches on a card of {_many(lies.cards, chart_text(lies.device.title))} in groups of {lies.tp}<br>{_origins(fillings)}"
-    )
+    title = f"Caches on a card of {_many(lies.cards, chart_text(lies.device.title))} in groups of {lies.tp}<br>{_origins(fillings)}; room: what the weights leave"
     styled(fig, title, height=400)
     fig.update_xaxes(title="tokens in each session")
     fig.update_yaxes(title="bytes (B)", exponentformat="SI", rangemode="tozero")
@@ -116,7 +114,7 @@ def card_use(fit: Fit) -> go.Figure:
     pieces += [(name, held, PART_COLOURS[name], PART_PATTERNS.get(name, "")) for name, held in parts if held]
     memory = fit.device.memory_bytes
     pieces.append(("free", max(0.0, memory - sum(held for _, held, _, _ in pieces)), "rgba(125, 125, 125, 0.15)", ""))
-    for name, held, colour, shape in pieces:
+    for name, held, colour, shape in (piece for piece in pieces if piece[1]):
         fig.add_bar(
             y=["card"],
             x=[held],
@@ -269,7 +267,7 @@ def choices_html(choices: Sequence[Choice], made: str) -> str:
             seconds_text(choice.seconds),
             f"{choice.tokens:,} tokens",
         )
-        cells = "".join(f"<td>{escape(text)}</td>" for text in numbers)
+        cells = "".join(f"<td style='white-space:nowrap'>{escape(text)}</td>" for text in numbers)
         exact = "" if choice.exact else " (not the same as before)" if choice.what == "forget" else ""
         rows.append(
             f"<tr><th scope='row'>{choice.what}</th>{cells}<td style='text-align:left'>{escape(choice.note + exact)}</td></tr>"

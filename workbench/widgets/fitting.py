@@ -7,7 +7,6 @@ from html import escape
 from typing import Any
 
 import ipywidgets as ipw
-import traitlets as tl
 
 from workbench.cost.capacity import FORMULA, Fit, fit
 from workbench.cost.filling import CARDS, Cards, Choice, Filling, all_cards_needed, filling, when_full
@@ -31,8 +30,6 @@ class WillItFit(ipw.VBox):
     ``fit``, ``filling`` and ``choices`` are what is shown, ``bar`` and ``figure`` the charts. A combination that cannot be is a
     line of ``status``, and the charts stay as they were. Raises InputError for an unknown preset or device, and for no turns.
     """
-
-    _link: Any = None
 
     def __init__(
         self,
@@ -97,21 +94,20 @@ class WillItFit(ipw.VBox):
         super().__init__(
             [about, ipw.HBox(controls, layout=wrap), replay, self.message, self.status, self.view, self.grown, self.table]
         )
-        self._link = tl.link((self.play, "value"), (self.length, "index"))
+        self.play.observe(self._played, names="value")
         for control in (*controls, self.length):
             control.observe(self._redraw, names="value")
         self._redraw()
-
-    def close(self) -> None:
-        if self._link is not None:  # None where __init__ refused its arguments
-            self._link.unlink()
-        super().close()
 
     @property
     def turn(self) -> Turn:
         return self.turns[self.length.index]
 
+    def _played(self, change: Any) -> None:
+        self.length.index = change["new"]
+
     def _redraw(self, change: Any = None) -> None:
+        self.play.value = self.length.index  # first of all, so that a replay begins where the page says it is
         chosen = {"cards": self.cards.value, "tp": self.tp.value}
         name, device, length = self.preset.value, self.device.value, self.length.value
         limit = length_limit(presets[name].config)
@@ -183,6 +179,8 @@ def _verdict(found: Fit, fill: Filling, turns: Sequence[Turn]) -> str:
     else:
         text += " The whole session fits;"
     most = "any number" if found.most_sequences is None else f"{found.most_sequences:,}"
-    text += f" of {fill.batch:,} sessions each could have {found.longest_context:,} tokens"
-    text += f", and of this length {most} would fit." + (" Beyond what the model was made for." if found.extrapolated else "")
+    text += f" with {fill.batch:,} at a time each could have {found.longest_context:,} tokens"
+    text += f", and of this length {most} would fit at a time." + (
+        " Beyond what the model was made for." if found.extrapolated else ""
+    )
     return text + (" Its weights are unknown and left out." if weights is None else "")
