@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import workbench as wb
-from tests import choosing_cases
+from tests import cases_fitting, choosing_cases
 from workbench.errors import InputError
 from workbench.exercises import EXERCISES, check
 from workbench.exercises.questions import LUCK_TOKENS
@@ -51,6 +51,7 @@ CASES = {
         {203 / 307: "by what stays", 510 / 307: "whole over", 0.602: "all the rest", 39.8: "percentage"},
     ),
     **choosing_cases.CASES,
+    **cases_fitting.CASES,
 }
 
 
@@ -60,7 +61,8 @@ def numbers(text: str) -> list[float]:
 
 def test_every_exercise_is_tried_here_with_at_least_three_wrong_answers():
     assert set(CASES) == set(EXERCISES) and len(CASES) >= 8
-    assert {exercise.notebook for exercise in EXERCISES.values()} >= {0, 1, 2, 3, 4, 10}
+    notebooks = {int(path.name[:2]) for path in (Path(__file__).parents[1] / "notebooks").glob("*.ipynb")}
+    assert {exercise.notebook for exercise in EXERCISES.values()} == notebooks
     assert all(len(wrong) >= 3 for _, wrong in CASES.values())
 
 
@@ -157,6 +159,7 @@ SOLUTIONS = {
     "bytes at a block's end": 'kinds.count("csa") * (584 + 68) + kinds.count("hca") * 584',
     "bytes of all windows": 'wb.kv_bytes("v4-flash", 32_768)["window"]',
     **choosing_cases.SOLUTIONS,
+    **cases_fitting.SOLUTIONS,
 }
 
 
@@ -169,5 +172,6 @@ def test_the_folded_solution_of_a_notebook_is_right(name):
         "wb": wb,
         "read": wb.decode_bytes("v4-pro", 2**20),
         "kinds": wb.presets["v4-flash"].layer_kinds,
+        "config": wb.presets["v4.1-flash"].config,
     }
     assert check(name, eval(SOLUTIONS[name], known))  # our own text, a few lines up

@@ -32,6 +32,9 @@ ALLOWED = {
     "engram": CORE,  # torch only inside engram_effect
     "walk": CORE,  # its records without torch, see RECORDS below
     "claims": set(),
+    "transcript": set(),
+    "sharing": {"numpy"},
+    "prefills": CORE,
     "exercises": {"numpy"},
     "glossary": set(),
     "caches": CORE,  # torch only where a model is fed
@@ -58,12 +61,13 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
-            *("exercises", "glossary", "caches", "frontend"),
+            *("exercises", "glossary", "caches", "frontend", "transcript", "sharing"),
         ),
         {"torch", "plotly"},
     ),
     **dict.fromkeys(
-        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets"}
+        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size", "prefills"),
+        {"plotly", "PIL", "ipywidgets"},
     ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }

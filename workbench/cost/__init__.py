@@ -11,7 +11,12 @@ from workbench.cost.capacity import FORMULA as FORMULA
 from workbench.cost.capacity import Fit as Fit
 from workbench.cost.capacity import Step as Step
 from workbench.cost.capacity import fit as fit
+from workbench.cost.capacity import layout as layout
 from workbench.cost.capacity import report as report
+from workbench.cost.filling import cards_needed as cards_needed
+from workbench.cost.filling import filling as filling
+from workbench.cost.filling import prefill_flops as prefill_flops
+from workbench.cost.filling import when_full as when_full
 from workbench.cost.sequence import Model as Model
 from workbench.cost.sequence import Term as Term
 from workbench.cost.sequence import decode_bytes as decode_bytes

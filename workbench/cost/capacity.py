@@ -97,6 +97,46 @@ class Fit:
         return self.cards // self.tp
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How ``layout`` puts a model on ``cards`` devices: what of a cache a card of a group holds, and in which format."""
+
+    preset: Preset
+    device: Device
+    cards: int
+    tp: int
+    storage: Literal["released", "bf16"]
+    split: float  # of a sequence's cache, the part that one card of its group holds
+    weight_bytes: float | None  # of one card; None where unknown
+
+    @property
+    def groups(self) -> int:
+        return self.cards // self.tp
+
+    @property
+    def room_bytes(self) -> float:
+        """What a card has left for caches; unknown weights count as nothing."""
+        return self.device.memory_bytes - (self.weight_bytes or 0.0)
+
+    def kv_bytes(self, length: int, batch: int = 1) -> dict[str, float]:
+        """Part -> bytes that the fullest card holds of ``batch`` caches of ``length`` tokens, and "total"."""
+        share = self.split * _ceil(batch, self.groups)
+        return {part: share * nbytes for part, nbytes in kv_bytes(self.preset, length, self.storage).items()}
+
+
+def layout(preset: Preset | str, device: Device | str, cards: int = 1, tp: int = 1) -> Layout:
+    """The model on ``cards`` devices, ``tp`` of them in a group; InputError as for ``fit``."""
+    preset = presets[preset] if isinstance(preset, str) else preset
+    device = devices[device] if isinstance(device, str) else device
+    check_counts(preset.config, cards, tp, 1)
+    weights = preset.weights
+    held = weights.always_bytes / tp + weights.expert_bytes / cards if weights else None
+    if weights and held is not None and device.unified_memory:
+        held += weights.host_bytes / cards
+    storage: Literal["released", "bf16"] = "released" if preset.kv_format in device.kv_formats else "bf16"
+    return Layout(preset, device, cards, tp, storage, _cache_share(preset.config, tp), held)
+
+
 def fit(preset: Preset | str, length: int, device: Device | str, *, cards: int = 1, tp: int = 1, batch: int = 1) -> Fit:
     """How the model with ``batch`` sequences of ``length`` tokens lies on ``cards`` devices, ``tp`` of them in a group.
 
@@ -106,15 +146,11 @@ def fit(preset: Preset | str, length: int, device: Device | str, *, cards: int =
     """
     preset = presets[preset] if isinstance(preset, str) else preset
     device = devices[device] if isinstance(device, str) else device
-    config = config_for(preset, length)
-    _check_counts(config, cards, tp, batch)
-    storage: Literal["released", "bf16"] = "released" if preset.kv_format in device.kv_formats else "bf16"
-    split, groups, weights = _cache_share(config, tp), cards // tp, preset.weights
-    held = weights.always_bytes / tp + weights.expert_bytes / cards if weights else 0.0
-    if weights and device.unified_memory:
-        held += weights.host_bytes / cards
-    room = device.memory_bytes - held
-    per_sequence = {part: split * nbytes for part, nbytes in kv_bytes(preset, length, storage).items()}
+    config, weights = config_for(preset, length), preset.weights
+    check_counts(config, cards, tp, batch)
+    lies = layout(preset, device, cards, tp)
+    storage, split, groups, room = lies.storage, lies.split, lies.groups, lies.room_bytes
+    per_sequence = lies.kv_bytes(length)
     longest = _longest(preset, storage, split * _ceil(batch, groups), room)
     largest = None if not per_sequence["total"] else max(0, int(room // per_sequence["total"]))
     most = None if largest is None else largest * groups
@@ -141,8 +177,8 @@ def fit(preset: Preset | str, length: int, device: Device | str, *, cards: int =
         tp=tp,
         batch=batch,
         storage=storage,
-        kv_bytes={part: _ceil(batch, groups) * nbytes for part, nbytes in per_sequence.items()},
-        weight_bytes=held if weights else None,
+        kv_bytes=lies.kv_bytes(length, batch),
+        weight_bytes=lies.weight_bytes,
         longest_context=longest,
         at_limit=longest == length_limit(config),
         extrapolated=extrapolated(preset, longest),
@@ -197,7 +233,7 @@ def report(
     """
     preset = presets[preset] if isinstance(preset, str) else preset
     config = config_for(preset, length)
-    _check_counts(config, cards, tp, batch)
+    check_counts(config, cards, tp, batch)
     weights = preset.weights
     found: dict[str, Any] = {
         "preset": preset.name,
@@ -280,7 +316,7 @@ def _step_report(step: Step) -> dict[str, Any]:
     }
 
 
-def _check_counts(config: ModelConfig, cards: int, tp: int, batch: int) -> None:
+def check_counts(config: ModelConfig, cards: int, tp: int, batch: int) -> None:
     for name, number in (("cards", cards), ("tp", tp), ("batch", batch)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise InputError(f"{name} must be a whole number of 1 or more, got {number!r}")

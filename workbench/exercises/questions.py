@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workbench import cost
 from workbench.config import DenseConfig, HybridConfig
-from workbench.exercises import choosing
+from workbench.exercises import choosing, fitting
 from workbench.exercises.record import Exercise, Mistake
 from workbench.presets import presets
 from workbench.trace import OVERLAPPING, Trace
@@ -245,6 +245,7 @@ EXERCISES: dict[str, Exercise] = {
     exercise.name: exercise
     for exercise in (
         *choosing.EXERCISES,
+        *fitting.EXERCISES,
         Exercise(
             name="kept by luck",
             notebook=0,

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Unit = Literal["GB", "bytes", "share", "times", "entries", "entry number", "keys", "weights", "tokens", "token number", "slot"]
-WHOLE: tuple[Unit, ...] = (
-    "entries",
-    "entry number",
-    "keys",
-    "weights",
-    "tokens",
-    "token number",
-    "slot",
-)  # counted, so right only if exact
+# Counted, so right only if exact.
+Counted = Literal["entries", "entry number", "keys", "weights", "tokens", "token number", "slot", "sessions", "layer"]
+Unit = Literal["GB", "bytes", "share", "times", "seconds"] | Counted
+WHOLE: tuple[Unit, ...] = get_args(Counted)
 ROUNDING = 0.01  # other answers may be rounded to two or three digits
 # Unit -> what the right number looks like in another one, and what to say then.
 _OTHER_UNITS: dict[str, tuple[tuple[Callable[[float], float], str], ...]] = {
@@ -31,6 +25,11 @@ _OTHER_UNITS: dict[str, tuple[tuple[Callable[[float], float], str], ...]] = {
         (lambda x: x / 1e6, "This is in MB; the question asks for plain bytes."),
         (lambda x: x / 2**20, "This is in MiB; the question asks for plain bytes."),
         (lambda x: x * 8, "This is in bits; the question asks for bytes."),
+    ),
+    "seconds": (
+        (lambda x: x * 1e3, "This is in milliseconds; the question asks for seconds."),
+        (lambda x: x * 8, "A rate in GB/s counts bytes, not bits: there is no factor of eight."),
+        (lambda x: x * 1e9 / 2**30, "The bytes were counted in GiB (2**30 bytes), the rate in GB (1e9 bytes)."),
     ),
     "share": (
         (lambda x: x * 100, "This is a percentage; the question asks for a share from 0 to 1."),

@@ -74,7 +74,13 @@ def exercise_named(name: str) -> Exercise:
 
 
 def _asked_for(exercise: Exercise) -> str:
-    known = {"GB": "a number of GB", "bytes": "a number of bytes", "share": "a share from 0 to 1", "times": "a factor"}
+    known = {
+        "GB": "a number of GB",
+        "bytes": "a number of bytes",
+        "seconds": "a number of seconds",
+        "share": "a share from 0 to 1",
+        "times": "a factor",
+    }
     return known.get(exercise.unit, f"a whole number ({exercise.unit})")
 
 
