@@ -46,6 +46,7 @@ ALLOWED = {
     "training": CORE,
     "figures": {"numpy", "plotly", "PIL"},
     "widgets": {"numpy", "plotly", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython"},
+    "export": {"nbformat", "nbclient", "nbconvert", "pygments"},
     "cli": {"jupyterlab"},
 }
 # What loading a layer may pull in, through any chain of imports at the top of files.
@@ -54,7 +55,7 @@ NEVER_LOADED = {
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
-            *("measurements", "progress", "runtime", "cli", "engram", "claims"),
+            *("measurements", "progress", "runtime", "cli", "engram", "claims", "export"),
             *("exercises", "glossary", "caches"),
         ),
         {"torch", "plotly"},

@@ -69,6 +69,7 @@ _HOME = {
     "RunControls": "widgets.controls",
     "Stepper": "widgets.stepper",
     "walk_token": "walk",
+    "save_picture": "widgets.still",
     "WorkbenchError": "errors",
     "InputError": "errors",
 }

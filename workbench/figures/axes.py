@@ -115,9 +115,9 @@ def ticks(axis: Axis) -> list[tuple[float, str]]:
         return [(v, label(v, axis.spec)) for v in values]
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
-    step = power * next((m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)), 10)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [(n * step, label(n * step, axis.spec, step)) for n in range(first, last + 1)]
+    size = power * next((m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)), 10)
+    first, last = math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9)
+    return [(n * size, label(n * size, axis.spec, size)) for n in range(first, last + 1)]
 
 
 def label(value: Any, spec: Mapping[str, Any], step: float = 0.0) -> str:

@@ -76,7 +76,8 @@ class Picture:
         parts.append("</svg>" if inside >= 0 else "")
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
-            f'height="{self.height}" font-family="sans-serif" role="img"><title>{escape(self.title)}</title>{"".join(parts)}</svg>'
+            f'height="{self.height}" font-family="sans-serif" role="img"><title>{escape(self.title)}</title>'
+            f"{''.join(parts)}</svg>"
         )
 
     def png(self, scale: int = 2) -> bytes:
@@ -159,7 +160,7 @@ class _Drawing:
 
     def _place(self) -> None:
         """Where the plot areas lie: margins as asked for, wider where labels or a legend need it."""
-        margin = {"l": 80, "r": 80, "t": 100, "b": 80} | dict(self.layout.get("margin") or {})
+        margin: dict[str, float] = {"l": 80, "r": 80, "t": 100, "b": 80} | dict(self.layout.get("margin") or {})
         margin["t"] += 17 * self.more_lines
         for axis in self.axes.values():
             if axis.letter == "y" and axis.domain[0] < 0.02 and axis.on_edge(self.axes):
@@ -410,12 +411,13 @@ class _Drawing:
         font = note.get("font") or {}
         lines, size = lines_of(note.get("text")), float(font.get("size") or 12)
         anchors: dict[Any, Literal["start", "middle", "end"]] = {"left": "start", "right": "end"}
-        first = {"bottom": -(len(lines) - 1) * 16 - 4, "top": size}.get(note.get("yanchor"), 4.0)
+        anchor = anchors.get(note.get("xanchor"), "middle")
+        wide = LETTER * size * max(map(len, lines), default=0)
+        if anchor != "end" and x + wide / (1 if anchor == "start" else 2) > self.picture.width:
+            x, anchor = min(x, self.picture.width - 4), "end"  # a page's chart would cut it off
+        first = {"bottom": -(len(lines) - 1) * 16 - 4, "top": size}.get(str(note.get("yanchor")), 4.0)
         for n, text in enumerate(lines):
-            place = ((x, y + first + 16 * n),)
-            self._add(
-                "text", place, text=text, size=size, colour=font.get("color"), anchor=anchors.get(note.get("xanchor"), "middle")
-            )
+            self._add("text", ((x, y + first + 16 * n),), text=text, size=size, colour=font.get("color"), anchor=anchor)
 
     def _legend_rows(self, room: float) -> list[list[int]]:
         """Numbers of the traces in the legend, as many a row as fit."""
@@ -478,7 +480,7 @@ class _Drawing:
             self._add("text", ((left, 22 + 17 * n),), text=text, size=size, colour=(spec.get("font") or {}).get("color"))
 
 
-# -- small geometry --------------------------------------------------------------------------------------------------------------
+# -- small geometry --------------------------------------------------------------------------------------------------------
 
 
 def hatching(shape: str, box: Box) -> list[tuple[Point, Point]]:
