@@ -1,6 +1,6 @@
 """Notebooks as one HTML file that works from disk: no kernel, no network, no script.
 
-Charts and widgets are still pictures (`workbench.widgets.still`), text and code are set by the tools that JupyterLab brings along.
+Charts and widgets are still pictures (`workbench.widgets.still`), text and code are set by tools that JupyterLab brings along.
 The page's own policy forbids scripts and every request, so nothing that stands in an output can act.
 """
 
@@ -46,7 +46,8 @@ table {border-collapse: collapse} th, td {padding: 2px 10px; border-bottom: 1px 
 nav.contents {background: var(--soft); padding: 8px 20px; border-radius: 3px} nav.contents ol {margin: 4px 0}
 section + section {border-top: 3px solid var(--line); margin-top: 60px; padding-top: 12px}
 img, svg {max-width: 100%} .wb-map {max-width: none !important}
-.wb-thumbs {display: flex; flex-wrap: wrap; gap: 6px; align-items: end; font-size: 11px} .wb-thumbs button {pointer-events: none}
+.wb-thumbs {display: flex; flex-wrap: wrap; gap: 6px; align-items: end; font-size: 11px}
+.wb-thumbs button {pointer-events: none}
 .wb-zoom {font-size: 13px; cursor: pointer; display: inline-block; margin: 2px 0}
 .wb-larger {overflow: auto; max-height: 85vh; max-width: 100%}
 label.wb-zoom:has(:checked) + .wb-larger > * {zoom: 2.5}

@@ -160,7 +160,7 @@ class _Drawing:
 
     def _place(self) -> None:
         """Where the plot areas lie: margins as asked for, wider where labels or a legend need it."""
-        margin: dict[str, float] = {"l": 80, "r": 80, "t": 100, "b": 80} | dict(self.layout.get("margin") or {})
+        margin: dict[str, float] = {"l": 80, "r": 80, "t": 100, "b": 80} | (self.layout.get("margin") or {})
         margin["t"] += 17 * self.more_lines
         for axis in self.axes.values():
             if axis.letter == "y" and axis.domain[0] < 0.02 and axis.on_edge(self.axes):

@@ -1,6 +1,6 @@
 """Widgets as still HTML: what a page shows of them without a kernel, in a reopened notebook or an exported file.
 
-Works on what widgets send to the page, so a live widget and one whose state was saved in a notebook give the same. Nothing in it
+Works on what widgets send to the page, so a live widget and one whose state was saved in a notebook give the same. Nothing
 needs a script: charts are SVG, maps PNG, controls the value they had, and buttons, which would do nothing, are left out.
 """
 
@@ -24,6 +24,7 @@ MOST_BYTES = 200_000  # of a still picture that is stored beside its widget
 TEXT_CHARACTERS = 600  # of a text field
 _SELECTIONS = ("Dropdown", "Select", "RadioButtons", "ToggleButtons", "SelectionSlider")
 _NOTHING = ("Button", "ToggleButton", "FileUpload", "Play", "FloatProgress", "IntProgress", "Layout")
+_LABELS = ("row_labels", "column_labels")
 States = Mapping[str, Mapping[str, Any]]
 
 
@@ -100,8 +101,8 @@ def _output(output: Mapping[str, Any], of_widget: Callable[[str], str]) -> str:
         return image(_joined(data["image/svg+xml"]).encode(), "svg+xml", "picture")
     if "text/html" in data:
         return _joined(data["text/html"])
-    text = data.get("text/markdown") or data.get("text/plain")
-    return f"<pre>{escape(_joined(text))}</pre>" if text else ""
+    plain = _joined(data.get("text/markdown") or data.get("text/plain"))
+    return f"<pre>{escape(plain)}</pre>" if plain else ""
 
 
 class _Still:
@@ -155,34 +156,31 @@ class _Still:
         if not state.get("png"):
             return ""
         wide, high = int(state.get("width") or 300), int(state.get("height") or 300)
-        picture_of = image(
-            state["png"], "png", label.split(". Arrow keys")[0], "wb-map",
-            f"display:block;width:{wide}px;height:{high}px;image-rendering:pixelated",
-        )  # fmt: skip
-        rows = "".join(
-            f'<span style="position:absolute;right:5px;top:{100 * float(at):.2f}%;transform:translateY(-50%);white-space:pre">'
-            f"{escape(str(text))}</span>"
-            for at, text in state.get("row_labels") or ()
-        )
-        turned = "writing-mode:vertical-rl;" if state.get("upright") else ""
-        columns = "".join(
-            f'<span style="position:absolute;top:4px;left:{100 * float(at):.2f}%;transform:translateX(-50%);white-space:pre;{turned}">'
-            f"{escape(str(text))}</span>"
-            for at, text in state.get("column_labels") or ()
-        )
-        mark = _mark_line(state, high)
-        longest = [
-            max((len(str(text)) for _, text in state.get(side) or ()), default=0) for side in ("row_labels", "column_labels")
-        ]
-        below = f"{2 + longest[1]}ch" if state.get("upright") else "1.5em"
+        size = f"display:block;width:{wide}px;height:{high}px;image-rendering:pixelated"
+        shown = image(state["png"], "png", label.split(". Arrow keys")[0], "wb-map", size)
+        left, below = (2 + max((len(str(t)) for _, t in state.get(side) or ()), default=0) for side in _LABELS)
+        upright = bool(state.get("upright"))
+        rows = _labels(state.get("row_labels"), "right:5px;transform:translateY(-50%);top:")
+        turned = "writing-mode:vertical-rl;" if upright else ""
+        columns = _labels(state.get("column_labels"), f"{turned}top:4px;transform:translateX(-50%);left:")
+        beside, under = f"margin-left:{left}ch", f"{below}ch" if upright else "1.5em"
         return (
             '<div class="wb-picture" style="display:inline-block;font-size:11px;padding:4px 0">'
             f"<div>{escape(str(state.get('row_title') or ''))} ↓</div>"
-            f'<div class="wb-frame" style="position:relative;margin-left:{2 + longest[0]}ch;width:{wide}px">'
-            f'<div style="position:absolute;left:-{2 + longest[0]}ch;width:{2 + longest[0]}ch;top:0;height:100%">{rows}</div>'
-            f'{picture_of}{mark}</div><div style="position:relative;margin-left:{2 + longest[0]}ch;width:{wide}px;height:{below}">'
-            f'{columns}</div><div style="margin-left:{2 + longest[0]}ch">{escape(str(state.get("column_title") or ""))}</div><!--/wb-picture--></div>'
+            f'<div style="position:relative;{beside};width:{wide}px">'
+            f'<div style="position:absolute;left:-{left}ch;width:{left}ch;top:0;height:100%">{rows}</div>'
+            f"{shown}{_mark_line(state, high)}</div>"
+            f'<div style="position:relative;{beside};width:{wide}px;height:{under}">{columns}</div>'
+            f'<div style="{beside}">{escape(str(state.get("column_title") or ""))}</div><!--/wb-picture--></div>'
         )
+
+
+def _labels(labels: Any, style: str) -> str:
+    """Spans at their share of a side; ``style`` ends with the name of that side."""
+    return "".join(
+        f'<span style="position:absolute;white-space:pre;{style}{100 * float(at):.2f}%">{escape(str(text))}</span>'
+        for at, text in labels or ()
+    )
 
 
 def _mark_line(state: Mapping[str, Any], high: int) -> str:
@@ -201,8 +199,8 @@ def _control(kind: str, state: Mapping[str, Any]) -> str:
     name = str(state.get("description") or "")
     named = f"<b>{escape(name)}</b> " if name else ""
     if kind in ("HTML", "HTMLMath"):
-        value = str(state.get("value") or "")
-        return f"<div>{named}{value}</div>" if value else ""
+        html = str(state.get("value") or "")
+        return f"<div>{named}{html}</div>" if html else ""
     if kind == "Checkbox":
         return f"<span>{'☑' if state.get('value') else '☐'} {escape(name)}</span>"
     if kind in _SELECTIONS:
@@ -239,7 +237,7 @@ def _collect(widget: ipw.Widget, states: dict[str, Mapping[str, Any]]) -> None:
             _collect(other, states)
 
 
-# -- beside every widget -----------------------------------------------------------------------------------------------------------
+# -- beside every widget ---------------------------------------------------------------------------------------------------
 
 
 def bundle(widget: ipw.Widget) -> Any:
@@ -269,7 +267,7 @@ def register() -> None:
         shell.display_formatter.mimebundle_formatter.for_type(ipw.Widget, bundle)
 
 
-# -- one view as a file ------------------------------------------------------------------------------------------------------------
+# -- one view as a file ----------------------------------------------------------------------------------------------------
 
 
 def save_picture(view: ipw.Widget | go.Figure, path: str | Path) -> Path:
