@@ -25,6 +25,7 @@ from workbench.presets import presets
 from workbench.progress import Progress
 
 START_PAGE = "notebooks/00_start_here.ipynb"
+LAB_CONFIG = Path(__file__).parent / "assets" / "jupyter"  # has notebooks keep the state of their widgets, for reopening
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,6 +169,8 @@ def _lab(options: argparse.Namespace) -> int:
     ]
     if options.no_browser:
         settings.append("--no-browser")
+    places = [os.environ.get("JUPYTER_CONFIG_PATH", ""), str(LAB_CONFIG)]  # what the user has set comes first
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(place for place in places if place)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         settings.append("--allow-root")  # containers; the server listens on this machine only
     serve(settings)  # in this process, so that Ctrl-C and kill reach Jupyter itself
