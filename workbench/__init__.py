@@ -67,6 +67,7 @@ _HOME = {
     "KVCacheGrowth": "widgets.memory",
     "OverlapTimeline": "widgets.timeline",
     "RunControls": "widgets.controls",
+    "Demo": "widgets.demo",
     "Stepper": "widgets.stepper",
     "walk_token": "walk",
     "save_picture": "widgets.still",

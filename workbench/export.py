@@ -61,7 +61,7 @@ def export(
 ) -> Path:
     """Write ``source`` as one HTML file, ``target``, and return its path.
 
-    A notebook becomes a page; a folder one page of all its notebooks, in the order of their names, under a table of contents.
+    A notebook becomes a page; a folder one page of the notebooks in it, in the order of their names, under a table of contents.
     Cells are run first, in a copy, with the folder they lie in as working folder; with ``run=False``, or for a notebook that
     already has outputs, those are taken. ``report`` is told how far it is. InputError for a source or target that is none;
     WorkbenchError when a cell fails and when the page is larger than ``most_bytes``. Nothing is written then.
@@ -124,9 +124,9 @@ def page(title: str, body: str) -> str:
 
 def _notebooks(source: Path) -> list[Path]:
     if source.is_dir():
-        found = sorted(p for p in source.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+        found = sorted(source.glob("*.ipynb"))
         if not found:
-            raise InputError(f"folder {source} holds no notebook (*.ipynb)")
+            raise InputError(f"folder {source} holds no notebook (*.ipynb); give one that does, or a notebook")
         return found
     if not source.is_file():
         raise InputError(f"there is no notebook or folder {source}")
@@ -162,7 +162,7 @@ def _read(path: Path) -> Any:
 def _environment(folder: Path) -> Iterator[None]:
     """What a kernel started meanwhile inherits: this package, and no profile of the user's."""
     places = [str(runtime.CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    wanted = {"PYTHONPATH": os.pathsep.join(p for p in places if p), "IPYTHONDIR": str(folder)}
+    wanted = {"PYTHONPATH": os.pathsep.join(p for p in places if p), "IPYTHONDIR": str(folder), "WORKBENCH_EXPORTING": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -7,6 +7,8 @@ needs a script: charts are SVG, maps PNG, controls the value they had, and butto
 from __future__ import annotations
 
 import base64
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -20,6 +22,7 @@ from workbench.figures.picture import picture
 from workbench.widgets.render import CHART_MIME
 
 VIEW_MIME = "application/vnd.jupyter.widget-view+json"
+EXPORTING = "WORKBENCH_EXPORTING"  # set in the kernels of `workbench.export`
 MOST_BYTES = 200_000  # of a still picture that is stored beside its widget
 TEXT_CHARACTERS = 600  # of a text field
 _SELECTIONS = ("Dropdown", "Select", "RadioButtons", "ToggleButtons", "SelectionSlider")
@@ -28,14 +31,14 @@ _LABELS = ("row_labels", "column_labels")
 States = Mapping[str, Mapping[str, Any]]
 
 
-def still_html(widget: ipw.Widget, most_bytes: int | None = None) -> str:
+def still_html(widget: ipw.Widget, most_bytes: int | None = None, *, whole: bool = False) -> str:
     """``widget`` and all it holds, as it is now; "" for one that shows nothing without a kernel.
 
-    A widget may say for itself what it shows, in ``still_html()``. With ``most_bytes``, its longest texts are left out until it
-    fits.
+    With ``most_bytes``, its longest texts are left out until it fits. ``whole`` is for files: a widget that has more than it
+    shows at once, such as a demo, gives all of it, by its ``whole_html()``.
     """
-    own = getattr(widget, "still_html", None)
-    if callable(own):
+    own = getattr(widget, "whole_html", None)
+    if whole and callable(own):
         return str(own())
     states: dict[str, Mapping[str, Any]] = {}
     _collect(widget, states)
@@ -241,12 +244,16 @@ def _collect(widget: ipw.Widget, states: dict[str, Mapping[str, Any]]) -> None:
 
 
 def bundle(widget: ipw.Widget) -> Any:
-    """What a notebook stores of a displayed widget: its view, and beside it a still picture for those who have no kernel."""
+    """What a notebook stores of a displayed widget: its view, and beside it a still picture for those who have no kernel.
+
+    While a notebook is run to be exported, the picture is all that the widget has.
+    """
+    exporting = bool(os.environ.get(EXPORTING))
     made = widget._repr_mimebundle_()
     data, metadata = made if isinstance(made, tuple) else (made, {})
     if isinstance(data, dict) and VIEW_MIME in data:
         try:
-            still = still_html(widget, MOST_BYTES)
+            still = still_html(widget, None if exporting else MOST_BYTES, whole=exporting)
         except Exception:  # a widget that cannot be pictured must still be shown
             still = ""
         if still:
@@ -256,8 +263,6 @@ def bundle(widget: ipw.Widget) -> Any:
 
 def register() -> None:
     """Have IPython, if it runs, display every widget with its still picture. Nothing else about widgets changes."""
-    import sys
-
     if "IPython" not in sys.modules:
         return
     from IPython import get_ipython
@@ -288,7 +293,7 @@ def save_picture(view: ipw.Widget | go.Figure, path: str | Path) -> Path:
     if kind == ".html":
         from workbench.export import page
 
-        shown = html_of_chart(view) if isinstance(view, go.Figure) else still_html(view)
+        shown = html_of_chart(view) if isinstance(view, go.Figure) else still_html(view, whole=True)
         if not shown:
             raise InputError(f"{type(view).__name__} shows nothing without a kernel, so there is nothing to save")
         data = page(type(view).__name__, shown).encode()
