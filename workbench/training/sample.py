@@ -50,7 +50,7 @@ def record_sample(model: str = MODEL, folder: Path = SHIPPED / "needle") -> Trac
 
 
 def record_growth(model: str = "tiny-v4-engram", folder: Path = SHIPPED / "growth") -> Trace:
-    """Run ``model`` on a short prompt and 40 tokens more, so that blocks close while it decodes; save the trace in ``folder``."""
+    """Run ``model`` on a short prompt and 40 tokens more, so that blocks close while it decodes; save the trace."""
     loaded = load(model, device="cpu")
     needle = hide_needle(loaded, prose(sample_text()), key="river", value="52", depth=0.2, tokens=100)
     live = run(loaded, needle.ids, max_new_tokens=41)  # the last one is not fed back

@@ -32,7 +32,8 @@ class SlideBar(anywidget.AnyWidget):
     _css = """
 .wb-slide {padding: 4px 8px; color: var(--jp-ui-font-color1, inherit); font-family: var(--jp-ui-font-family, sans-serif)}
 .wb-slide:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
-.wb-slide-title {font-size: 34px; line-height: 1.2; margin: 4px 0} .wb-slide-said {font-size: 22px; line-height: 1.4; margin: 6px 0}
+.wb-slide-title {font-size: 34px; line-height: 1.2; margin: 4px 0}
+.wb-slide-said {font-size: 22px; line-height: 1.4; margin: 6px 0}
 .wb-slide-bar {display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 8px 0}
 .wb-slide .wb-slide-button {width: auto; height: 38px; padding: 0 18px; font-size: 17px; line-height: 38px}
 .wb-slide-place, .wb-slide-status {font-size: 17px} .wb-slide-hint {font-size: 13px; margin: 2px 0}
@@ -44,8 +45,8 @@ class SlideBar(anywidget.AnyWidget):
 class Demo(ipw.VBox):
     """Slides for "3 minutes", "10 minutes" or "45 minutes". PageDown, PageUp and arrow keys turn them, Reset starts again.
 
-    Everything shown is recorded, or modelled by formula, until *Go live* runs the model of the slide's subject: then every slide
-    on that subject follows the run. ``index`` is the slide on show, ``view`` its picture, ``run`` the last live run.
+    Everything shown is recorded, or modelled by formula, until *Go live* runs the model of the slide's subject: then every
+    slide on that subject follows the run. ``index`` is the slide on show, ``view`` its picture, ``run`` the last live run.
     Raises InputError for a script there is not.
     """
 
@@ -141,7 +142,8 @@ class Demo(ipw.VBox):
             return
         session = self.session(slide.subject)
         noted = session.trace.notes.get("look_at")
-        layer = slide.layer if slide.layer is not None else noted.get("layer") if isinstance(noted, dict) else None
+        opening = noted.get("layer") if isinstance(noted, dict) else None
+        layer: Any = slide.layer if slide.layer is not None else opening
         with session.lock:
             if layer in [record.layer for record in session.trace.layers]:
                 session.layer = layer

@@ -1,4 +1,4 @@
-"""What the demos show: each slide a title, a sentence or two whose numbers are computed, a picture, and notes for the presenter.
+"""What the demos show: each slide a title, a sentence or two with computed numbers, a picture, and notes for the presenter.
 
 Pictures are the notebooks' own widgets on recorded runs. A slide with a subject can be run live; the others show formulas.
 """
@@ -40,7 +40,7 @@ SUBJECTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slide:
-    """``said`` gets the subject's trace, of the recording or the live run, ``view`` its session; without a subject both get None.
+    """``said`` gets the subject's trace, recorded or live, ``view`` its session; without a subject both get None.
 
     Slides with the same ``view`` and subject share one widget.
     """
@@ -226,8 +226,8 @@ _NEEDLE = Slide(
     said=_say_needle,
     view=_attention,
     subject="needle",
-    notes="Point at the tall bar: that entry holds the code. Then at the text below: those are its tokens. The band in the map is "
-    "the window, the wedge beside it the entries. Go live hides another code at another place.",
+    notes="Point at the tall bar: that entry holds the code. Then at the text below: those are its tokens. The band in the map "
+    "is the window, the wedge beside it the entries. Go live hides another code at another place.",
 )
 _ANSWER = Slide(
     title="Did it find the code, or was it luck?",
@@ -265,8 +265,8 @@ _GROWTH = Slide(
     said=_say_growth,
     view=_growth,
     subject="growth",
-    notes="The window is full soon and stays. The tail is what waits for its block. Go live and let it decode: the line falls when "
-    "HCA closes a block.",
+    notes="The window is full soon and stays. The tail is what waits for its block. Go live and let it decode: the line falls "
+    "when HCA closes a block.",
 )
 _HELD = Slide(
     title="At true size, a million tokens",

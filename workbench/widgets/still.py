@@ -42,13 +42,13 @@ def still_html(widget: ipw.Widget, most_bytes: int | None = None, *, whole: bool
         return str(own())
     states: dict[str, Mapping[str, Any]] = {}
     _collect(widget, states)
-    whole = html_of_states(states, widget.model_id)
-    if most_bytes is None or len(whole) <= most_bytes:
-        return whole
+    html = html_of_states(states, widget.model_id)
+    if most_bytes is None or len(html) <= most_bytes:
+        return html
     for longest in (most_bytes // 4, most_bytes // 16, 0):
-        whole = html_of_states(states, widget.model_id, longest)
-        if len(whole) <= most_bytes:
-            return whole
+        html = html_of_states(states, widget.model_id, longest)
+        if len(html) <= most_bytes:
+            return html
     return ""
 
 
