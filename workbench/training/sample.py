@@ -57,8 +57,10 @@ def record_growth(model: str = "tiny-v4-engram", folder: Path = SHIPPED / "growt
     live.wait()
     if live.error:
         raise WorkbenchError(live.error)
-    live.trace.save(folder, half=True)
-    return live.trace
+    opens_on = {"look_at": {"token": live.trace.length - 1, "layer": 1}}  # the end, where most is held
+    trace = replace(live.trace, notes=live.trace.notes | opens_on)
+    trace.save(folder, half=True)
+    return trace
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

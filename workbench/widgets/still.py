@@ -210,7 +210,7 @@ def _control(kind: str, state: Mapping[str, Any]) -> str:
         labels, index = list(state.get("_options_labels") or ()), state.get("index")
         return f"<span>{named}{escape(str(labels[index]))}</span>" if isinstance(index, int) and index < len(labels) else ""
     value = state.get("value")
-    if value is None or isinstance(value, bytes | dict):
+    if value in (None, "") or isinstance(value, bytes | dict):
         return ""
     if isinstance(value, list | tuple):
         value = " to ".join(_said(v) for v in value)
