@@ -149,6 +149,8 @@ class Demo(ipw.VBox):
                 session.layer = layer
 
     def _show(self) -> None:
+        if not self._starting:
+            self._status = ""  # what was said on another slide
         try:
             self._turn(self.slides[self.index])
             self.place.children = (self._build(self.index),)
