@@ -52,6 +52,7 @@ ALLOWED = {
     "figures": {"numpy", "plotly", "PIL"},
     "widgets": {"numpy", "plotly", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython"},
     "frontend": {"jupyter_core", "jupyter_client"},  # only when asked what is there
+    "export": {"nbformat", "nbclient", "nbconvert", "pygments"},
     "cli": {"jupyterlab"},
 }
 # What loading a layer may pull in, through any chain of imports at the top of files.
@@ -60,7 +61,7 @@ NEVER_LOADED = {
         (
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
-            *("measurements", "progress", "runtime", "cli", "engram", "claims"),
+            *("measurements", "progress", "runtime", "cli", "engram", "claims", "export"),
             *("exercises", "glossary", "caches", "frontend", "transcript", "sharing"),
         ),
         {"torch", "plotly"},

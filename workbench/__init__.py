@@ -105,8 +105,10 @@ _HOME = {
     "KVCacheGrowth": "widgets.memory",
     "OverlapTimeline": "widgets.timeline",
     "RunControls": "widgets.controls",
+    "Demo": "widgets.demo",
     "Stepper": "widgets.stepper",
     "walk_token": "walk",
+    "save_picture": "widgets.still",
     "WorkbenchError": "errors",
     "InputError": "errors",
 }

@@ -25,6 +25,7 @@ from workbench.presets import presets
 from workbench.progress import Progress
 
 START_PAGE = "notebooks/00_start_here.ipynb"
+LAB_CONFIG = Path(__file__).parent / "assets" / "jupyter"  # has notebooks keep the state of their widgets, for reopening
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,6 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("file", type=Path, metavar="FILE", help="what torch.profiler exports (.json, .json.gz), or an own export")
     read.set_defaults(command=_import)
 
+    export = commands.add_parser("export", help="write a notebook, or a folder of them, as one HTML file that works from disk")
+    export.add_argument(
+        "source", type=Path, metavar="NOTEBOOK|FOLDER", help="a folder becomes one page with a table of contents"
+    )
+    export.add_argument("--html", required=True, type=Path, metavar="FILE", help="the file to write")
+    export.add_argument("--no-run", dest="run", action="store_false", help="take the outputs that are stored, run nothing")
+    export.add_argument(
+        "--max-bytes", type=int, default=5_000_000, metavar="N", help="refuse a larger page (default %(default)s)"
+    )
+    export.set_defaults(command=_export)
+
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -157,6 +169,8 @@ def _lab(options: argparse.Namespace) -> int:
     ]
     if options.no_browser:
         settings.append("--no-browser")
+    places = [os.environ.get("JUPYTER_CONFIG_PATH", ""), str(LAB_CONFIG)]  # what the user has set comes first
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(place for place in places if place)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         settings.append("--allow-root")  # containers; the server listens on this machine only
     serve(settings)  # in this process, so that Ctrl-C and kill reach Jupyter itself
@@ -269,6 +283,24 @@ def _import(options: argparse.Namespace) -> int:
         stalled, fetched = 1e3 * found.stall_s, 1e3 * found.fetch_s
         print(f"{len(found.spans):,} spans, {found.origin}{f' on {found.device}' if found.device else ''}; {found.note}")
         print(f"rows on their way {fetched:,.3f} ms, stall {stalled:,.3f} ms, hidden {found.hidden_fraction:.0%}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from workbench.export import export
+
+    bar = Progress()
+    try:
+        written = export(
+            options.source,
+            options.html,
+            run=options.run,
+            most_bytes=options.max_bytes,
+            report=lambda part, what: bar.show(part, what),
+        )
+    finally:
+        bar.clear()
+    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

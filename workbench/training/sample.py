@@ -1,4 +1,4 @@
-"""Make the recorded trace that ships, from a shipped model: ``python -m workbench.training.sample``.
+"""Make the recorded traces that ship, from shipped models: ``python -m workbench.training.sample`` and ``... --growth``.
 
 A few hundred tokens of held-out prose with a needle far beyond the window, the question, and the one token of the answer.
 """
@@ -49,12 +49,29 @@ def record_sample(model: str = MODEL, folder: Path = SHIPPED / "needle") -> Trac
     return trace
 
 
+def record_growth(model: str = "tiny-v4-engram", folder: Path = SHIPPED / "growth") -> Trace:
+    """Run ``model`` on a short prompt and 40 tokens more, so that blocks close while it decodes; save the trace."""
+    loaded = load(model, device="cpu")
+    needle = hide_needle(loaded, prose(sample_text()), key="river", value="52", depth=0.2, tokens=100)
+    live = run(loaded, needle.ids, max_new_tokens=41)  # the last one is not fed back
+    live.wait()
+    if live.error:
+        raise WorkbenchError(live.error)
+    opens_on = {"look_at": {"token": live.trace.length - 1, "layer": 1}}  # the end, where most is held
+    trace = replace(live.trace, notes=live.trace.notes | opens_on)
+    trace.save(folder, half=True)
+    return trace
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=MODEL if MODEL in shipped_names() else f"{MODEL}-engram")
     parser.add_argument("--out", type=Path, default=SHIPPED / "needle")
+    parser.add_argument("--growth", action="store_true", help="record the run that decodes, for the demos")
     options = parser.parse_args(arguments)
-    trace = record_sample(options.model, options.out)
+    if options.growth:
+        options.out = SHIPPED / "growth"
+    trace = record_growth() if options.growth else record_sample(options.model, options.out)
     print(f"{options.out}: {trace.label}, {trace.length} tokens")
 
 

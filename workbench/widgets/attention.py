@@ -6,6 +6,7 @@ import base64
 import html
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
@@ -102,7 +103,8 @@ class AttentionExplorer(ipw.VBox):
         self._redraw()
 
     def close(self) -> None:
-        self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        with suppress(ValueError):  # closed before
+            self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
         super().close()
 
     def _make_controls(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ class EngramExplorer(ipw.VBox):
         self._redraw()
 
     def close(self) -> None:
-        self.session.unobserve(self._redraw, names=["trace", "token", "state"])
+        with suppress(ValueError):  # closed before
+            self.session.unobserve(self._redraw, names=["trace", "token", "state"])
         super().close()
 
     def _chosen(self, change: Any) -> None:

@@ -88,6 +88,15 @@ class Prediction(ipw.VBox):
         self.status.value = f"<p role='status'>{escape(self._said(guess, result))}</p>"
         self.view.outputs = outputs
 
+    def whole_html(self) -> str:
+        """For exported files: the question, and folded away the result, which is worked out for that."""
+        from workbench.widgets.still import still_html
+
+        self.lock()
+        asked = f"<p><b>Predict:</b> {escape(self.question)}</p>"
+        shown = still_html(self.view) or still_html(self.status)
+        return f"{asked}<details><summary>Result, beside the guess in the middle of the scale</summary>{shown}</details>"
+
     def _said(self, guess: float, result: float) -> str:
         unit = f" {self.unit}" if self.unit else ""
         told = f"Your guess {number(guess)}{unit}, result {number(result)}{unit}"
