@@ -1,4 +1,4 @@
-"""The notebook on compressing in a real JupyterLab: entries by keyboard, a guess that is locked, two walks that move together."""
+"""The notebook on compressing in a real JupyterLab: entries by keyboard, a locked guess, two walks that move together."""
 
 from __future__ import annotations
 
