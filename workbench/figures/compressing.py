@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from workbench.compressing import GateWeights, Moved, Split
 
 SHOWN_TEXTS = 32  # rows up to which each token's text stands at its row
-CLEAR_TO_RED = [[0, "rgba(213,94,0,0)"], [1, "rgba(213,94,0,1)"]]
-CLEAR_TO_BLUE = [[0, "rgba(0,114,178,0)"], [1, "rgba(0,114,178,1)"]]
 PLACES = (("window", WINDOW_COLOUR, ""), ("entries", ENTRY_COLOUR, "/"), ("sink", SINK_COLOUR, "x"))
 LINES = ((VERMILLION, "solid"), (BLUE, "dash"), (SINK_COLOUR, "dot"), (GREY, "dashdot"))
 BELOW = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
@@ -56,33 +54,28 @@ def entry_weights(gates: GateWeights, entry: int, texts: Sequence[str]) -> go.Fi
         raise InputError(f"layer {gates.layer} has entries 0..{len(gates.weights) - 1}, got {entry}")
     weights, tokens = gates.weights[entry], gates.tokens[entry]
     rows, mean = len(tokens), gates.by_token[entry]
-    names = [f"{t} {visible_text(texts[t], 14)}" if t >= 0 else f"before the text {i}" for i, t in enumerate(tokens)]
+    shown = [f"{t} {visible_text(texts[t], 14)}" if t >= 0 else f"before the text {i}" for i, t in enumerate(tokens)]
+    names = [chart_text(name) for name in shown]  # token numbers make them different
     half = rows // 2 if gates.kind == "csa" else 0
     fig = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.03, column_widths=[0.62, 0.38])
     percent = np.round(100 * weights).astype(np.uint8)
-    places = np.arange(rows)
-    most = int(percent.max())
-    for first, stop, colours in ((0, half, CLEAR_TO_BLUE), (half, rows, CLEAR_TO_RED)):
-        if stop > first:
-            fig.add_heatmap(
-                z=percent[first:stop], y=places[first:stop], zmin=0, zmax=most, colorscale=colours, showscale=False,
-                customdata=np.repeat([[chart_text(name)] for name in names[first:stop]], weights.shape[1], axis=1),
-                hovertemplate="token %{customdata}<br>channel %{x}: weight %{z} %<extra></extra>", row=1, col=1,
-            )  # fmt: skip
-    for first, stop, name, colour, pattern in (
-        (0, half, "block before (series a)", BLUE, "/"),
-        (half, rows, "own block (series b)" if half else "own block", VERMILLION, ""),
-    ):
-        if stop > first:
-            fig.add_bar(
-                y=places[first:stop], x=100 * mean[first:stop], orientation="h", name=name,
-                marker=_marker(colour, pattern),
-                customdata=[chart_text(name) for name in names[first:stop]],
-                hovertemplate="token %{customdata}: mean weight %{x:.1f} %<extra></extra>", row=1, col=2,
-            )  # fmt: skip
+    parts = [(half, rows, "own block (series b)" if half else "own block", VERMILLION, "")]
+    if half:
+        parts.insert(0, (0, half, "block before (series a)", BLUE, "/"))
+    for first, stop, name, colour, pattern in parts:
+        clear = f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},0)"
+        fig.add_heatmap(
+            z=percent[first:stop], y=names[first:stop], zmin=0, zmax=int(percent.max()), showscale=False,
+            colorscale=[[0, clear], [1, colour]], name=name,
+            hovertemplate="token %{y}<br>channel %{x}: weight %{z} %<extra></extra>", row=1, col=1,
+        )  # fmt: skip
+        fig.add_bar(
+            y=names[first:stop], x=100 * mean[first:stop], orientation="h", name=name, marker=_marker(colour, pattern),
+            hovertemplate="token %{y}: mean weight %{x:.1f} %<extra></extra>", row=1, col=2,
+        )  # fmt: skip
     even = 100 / max(1, int((tokens >= 0).sum()))
     fig.add_scatter(
-        x=[even, even], y=[-0.5, rows - 0.5], mode="lines", name="all alike", hoverinfo="skip",
+        x=[even, even], y=[names[0], names[-1]], mode="lines", name="all alike", hoverinfo="skip",
         line={"color": GREY, "dash": "dot", "width": 2}, row=1, col=2,
     )  # fmt: skip
     first, last = int(tokens[tokens >= 0][0]), int(tokens[-1])
@@ -92,7 +85,7 @@ def entry_weights(gates: GateWeights, entry: int, texts: Sequence[str]) -> go.Fi
     if half:
         fig.add_hline(half - 0.5, line={"color": GREY, "width": 2})
     fig.update_yaxes(
-        range=[rows - 0.5, -0.5], tickmode="array", tickvals=places[::step], ticktext=[chart_text(n) for n in names[::step]],
+        range=[rows - 0.5, -0.5], tickmode="array", tickvals=names[::step],
         gridcolor="rgba(0,0,0,0)",
     )  # fmt: skip
     fig.update_xaxes(title="channel", gridcolor="rgba(0,0,0,0)", row=1, col=1)
@@ -116,7 +109,8 @@ def effective_tokens_chart(gates: Sequence[GateWeights]) -> go.Figure:
         counts = np.histogram(one.effective_tokens[later], edges)[0]
         fig.add_scatter(
             x=middles, y=100 * counts / max(1, counts.sum()), mode="lines",
-            name=f"layer {one.layer} ({one.kind}, {one.weights.shape[1]} rows)", line={"color": colour, "dash": dash, "width": 2},
+            name=f"layer {one.layer} ({one.kind}, {one.weights.shape[1]} rows)",
+            line={"color": colour, "dash": dash, "width": 2},
             hovertemplate="about %{x:.1f} tokens: %{y:.1f} % of channels<extra></extra>",
         )  # fmt: skip
     styled(fig, f"Tokens that count in a channel of an entry<br>{chart_text(gates[0].label)}", height=360)
