@@ -99,7 +99,8 @@ def filling_chart(fillings: Sequence[Filling], at: int | None = None) -> go.Figu
     if at is not None:
         fig.add_vline(x=at, line={"color": GREY, "width": 1.5})
     lies = fillings[0].lies
-    title = f"Caches on a card of {_many(lies.cards, chart_text(lies.device.title))} in groups of {lies.tp}<br>{_origins(fillings)}; room: what the weights leave"
+    cards = f"{_many(lies.cards, chart_text(lies.device.title))} in groups of {lies.tp}"
+    title = f"Caches on a card of {cards}; room: what the weights leave<br>{_origins(fillings)}"
     styled(fig, title, height=400)
     fig.update_xaxes(title="tokens in each session")
     fig.update_yaxes(title="bytes (B)", exponentformat="SI", rangemode="tozero")
