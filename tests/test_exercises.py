@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import workbench as wb
+from tests import mechanism_exercises
 from workbench.errors import InputError
 from workbench.exercises import EXERCISES, check
 from workbench.exercises.questions import LUCK_TOKENS
@@ -49,6 +50,7 @@ CASES = {
         203 / 510,
         {203 / 307: "by what stays", 510 / 307: "whole over", 0.602: "all the rest", 39.8: "percentage"},
     ),
+    **mechanism_exercises.CASES,
 }
 
 
@@ -58,7 +60,7 @@ def numbers(text: str) -> list[float]:
 
 def test_every_exercise_is_tried_here_with_at_least_three_wrong_answers():
     assert set(CASES) == set(EXERCISES) and len(CASES) >= 8
-    assert {exercise.notebook for exercise in EXERCISES.values()} == {0, 1, 4, 10}
+    assert {exercise.notebook for exercise in EXERCISES.values()} == {0, 1, 4, 10} | mechanism_exercises.NOTEBOOKS
     assert all(len(wrong) >= 3 for _, wrong in CASES.values())
 
 
@@ -154,6 +156,7 @@ SOLUTIONS = {
     "first to see an entry": "10 * 4 - 1",
     "bytes at a block's end": 'kinds.count("csa") * (584 + 68) + kinds.count("hca") * 584',
     "bytes of all windows": 'wb.kv_bytes("v4-flash", 32_768)["window"]',
+    **mechanism_exercises.SOLUTIONS,
 }
 
 
