@@ -1,9 +1,9 @@
 """Right answers by hand, typical wrong ones and folded solutions of the exercises about mechanisms, for test_exercises.py.
 
-By hand from reference/engram-and-overlap.md, sections 0 and 3.
+By hand from reference/engram-and-overlap.md, sections 0 and 3, and deepseek-v4.md, sections 0 and 8.
 """
 
-NOTEBOOKS = {5}
+NOTEBOOKS = {5, 6}
 CASES = {
     "hidden share": (0.625, {10 / 12: "cannot hide", 5 / 12: "block is missing", 1.6: "other way round", 62.5: "percentage"}),
     "hidden in a queue": (
@@ -23,10 +23,36 @@ CASES = {
         25 / 5.8162,
         {31.5 / 5.8162: "peak", 52 / 5.8162: "PCIe 5.0", 14 * 25 / 5.8162: "layer 14", 5.8162 / 25: "upside down"},
     ),
+    "row after a column step": (
+        1 / 12,
+        {
+            13 / 12: "sum itself",
+            0.25: "its own column",
+            0.2: "before the step",
+            0: "dividing columns moves",
+            8.33: "percentage",
+        },
+    ),
+    "growth through depth": (
+        1.1**122,
+        {1.1**61: "two sublayers", 13.2: "added the growth", 134.2: "again and again", 1.1**86: "V4-Flash"},
+    ),
+    "bytes that make the mixing": (
+        86 * 24 * 16384 * 4,
+        {
+            43 * 24 * 16384 * 4: "one sublayer a layer",
+            86 * 16 * 16384 * 4: "matrix alone",
+            86 * 24 * 4096 * 4: "all streams",
+            135.27: "in MB",
+        },
+    ),
 }
 SOLUTIONS = {
     "hidden share": "3 * 2.5 / 12",
     "hidden in a queue": "1 - ((18 - 6) + (36 - 30)) / 36",
     "bytes of a chunk": "24 * (256 + 256 // 32) * 8192",
     "link to spare": "25 / 5.82",
+    "row after a column step": "0.6 / 0.8 + 0.4 / 1.2 - 1",
+    "growth through depth": "1.1 ** (2 * 61)",
+    "bytes that make the mixing": "43 * 2 * (4 + 4 + 4 * 4) * (4 * 4096) * 4",
 }

@@ -35,6 +35,8 @@ ALLOWED = {
     "exercises": {"numpy"},
     "glossary": set(),
     "caches": CORE,  # torch only where a model is fed
+    "mixing": CORE,  # torch only where a model runs
+    "rounding": CORE,  # likewise
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -55,7 +57,7 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
-            *("exercises", "glossary", "caches"),
+            *("exercises", "glossary", "caches", "mixing", "rounding"),
         ),
         {"torch", "plotly"},
     ),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from workbench.config import HybridConfig
 from workbench.cost.fetch import Setting, engram_models, required_bandwidth
 from workbench.devices import devices, links
 from workbench.exercises.record import Exercise, Mistake
+from workbench.presets import presets
 from workbench.schedule import Fetch, plan
 
 BLOCK_MS, BLOCKS, FETCH_MS = 2.5, 3, 12.0  # one Engram layer
 QUEUE_BLOCK_MS, QUEUE_FETCH_MS, QUEUE_LAYERS = 6.0, 18.0, (1, 3)  # two
 CHUNK = 8192
+MATRIX = ((0.6, 0.4), (0.2, 0.8))  # rows sum to one, columns do not
+GROWTH = 1.1
 
 
 def _hidden(block_ms: float, fetch_ms: float, layers: tuple[int, ...]) -> float:
@@ -82,6 +86,61 @@ def _spare_mistakes() -> tuple[Mistake, ...]:
     )
 
 
+def _first_row(divide_by_columns: bool = True) -> float:
+    (a, b), (c, d) = MATRIX
+    divisors = (a + c, b + d) if divide_by_columns else (a + c, a + c)
+    return abs(a / divisors[0] + b / divisors[1] - 1)
+
+
+def _first_row_mistakes() -> tuple[Mistake, ...]:
+    (a, _), (c, d) = MATRIX
+    return (
+        Mistake(1 + _first_row(), "That is the sum itself. By how much does it miss one?"),
+        Mistake(_first_row(False), "You divided the whole row by one sum. Each entry is divided by the sum of its own column."),
+        Mistake(abs(1 - a - c), "That is by how much the first column missed one before the step."),
+        Mistake(0.0, "The rows summed to one before the step; dividing columns moves them. Add the first row up again."),
+    )
+
+
+def _hybrid(name: str) -> HybridConfig:
+    config = presets[name].config
+    assert isinstance(config, HybridConfig)
+    return config
+
+
+def _growth() -> float:
+    return float(GROWTH ** (2 * _hybrid("v4-pro").num_hidden_layers))
+
+
+def _growth_mistakes() -> tuple[Mistake, ...]:
+    layers = _hybrid("v4-pro").num_hidden_layers
+    return (
+        Mistake(GROWTH**layers, "A layer has two sublayers, attention and MoE, and each mixes the streams."),
+        Mistake(1 + 2 * layers * (GROWTH - 1), "You added the growth of the sublayers; each multiplies what came before."),
+        Mistake(GROWTH * 2 * layers, "You multiplied by the number of sublayers; the factor applies again and again."),
+        Mistake(GROWTH ** (2 * _hybrid("v4-flash").num_hidden_layers), "That is V4-Flash; the question is about V4-Pro."),
+    )
+
+
+def _mixing_bytes() -> float:
+    config = _hybrid("v4-flash")
+    weights = config.hc_mult**2 + 2 * config.hc_mult
+    return 2 * config.num_hidden_layers * weights * config.hc_mult * config.hidden_size * 4
+
+
+def _mixing_mistakes() -> tuple[Mistake, ...]:
+    config, right = _hybrid("v4-flash"), _mixing_bytes()
+    m = config.hc_mult
+    return (
+        Mistake(
+            right / 2, "Either you counted one sublayer a layer, where there are two, or two bytes a number instead of four."
+        ),
+        Mistake(right * m**2 / (m**2 + 2 * m), "That is the mixing matrix alone; the weights to read and write are made, too."),
+        Mistake(right / m, "The projection reads all streams at once, not one of them."),
+        Mistake(right / (2 * config.num_hidden_layers), "That is one sublayer; every sublayer of every layer has its own."),
+    )
+
+
 EXERCISES = (
     Exercise(
         name="hidden share",
@@ -123,5 +182,35 @@ EXERCISES = (
         solve=_spare,
         mistakes=_spare_mistakes,
         general="Section 6 has what the copy alone needs, in the last column. Divide what the link gives by that.",
+    ),
+    Exercise(
+        name="row after a column step",
+        notebook=6,
+        question=f"Two streams, and a matrix with the rows {MATRIX[0]} and {MATRIX[1]}. Sinkhorn divides every column by its"
+        " sum. By how much does the sum of the first row miss one after that?",
+        unit="share",
+        solve=_first_row,
+        mistakes=_first_row_mistakes,
+        general="Add up both columns, divide each entry by the sum of its own column, and add up the first row.",
+    ),
+    Exercise(
+        name="growth through depth",
+        notebook=6,
+        question=f"Were every mixing matrix of V4-Pro to enlarge a signal {GROWTH:g} times, how many times larger would it"
+        f" leave the last of {_hybrid('v4-pro').num_hidden_layers} layers?",
+        unit="times",
+        solve=_growth,
+        mistakes=_growth_mistakes,
+        general="Count the sublayers, attention and MoE of every layer; each multiplies what it is given.",
+    ),
+    Exercise(
+        name="bytes that make the mixing",
+        notebook=6,
+        question="V4-Flash: 43 layers with two sublayers each. Every sublayer projects all 4 streams of 4,096 channels to 4"
+        " weights to read, 4 to write and 4 × 4 to mix. How many bytes do these projections take in FP32?",
+        unit="bytes",
+        solve=_mixing_bytes,
+        mistakes=_mixing_mistakes,
+        general="Multiply: sublayers, what each makes, what each reads, bytes a number.",
     ),
 )
