@@ -1,9 +1,9 @@
 """Right answers by hand, typical wrong ones and folded solutions of the exercises about mechanisms, for test_exercises.py.
 
-By hand from reference/engram-and-overlap.md, sections 0 and 3, and deepseek-v4.md, sections 0 and 8.
+By hand from reference/engram-and-overlap.md, sections 0 and 3, and deepseek-v4.md, sections 0, 5 and 8.
 """
 
-NOTEBOOKS = {5, 6}
+NOTEBOOKS = {5, 6, 7}
 CASES = {
     "hidden share": (0.625, {10 / 12: "cannot hide", 5 / 12: "block is missing", 1.6: "other way round", 62.5: "percentage"}),
     "hidden in a queue": (
@@ -46,8 +46,23 @@ CASES = {
             135.27: "in MB",
         },
     ),
+    "bytes of an index key": (
+        68,
+        {64: "scales are missing", 132: "half of one", 65: "several runs", 256: "BF16", 80: "four bytes", 544: "in bits"},
+    ),
+    "the largest of a run": (
+        2 / 22,
+        {10 / 22: "cut off", 16 / 22: "no scale", 6 / 22: "nearer", 2: "error itself", 9.09: "percentage"},
+    ),
+    "released against bf16": (
+        6.72 * 2**30 / 3.688e9,
+        {2: "half as large", 256 / 68: "index keys alone", 1024 / 584: "entries alone", 3.688 / 7.2156: "upside down"},
+    ),
 }
 SOLUTIONS = {
+    "bytes of an index key": "128 // 2 + 128 // 32",
+    "the largest of a run": "(4 * 6 - 22) / 22",
+    "released against bf16": 'wb.kv_bytes("v4-flash", 2**20, "bf16")["total"] / wb.kv_bytes("v4-flash", 2**20)["total"]',
     "hidden share": "3 * 2.5 / 12",
     "hidden in a queue": "1 - ((18 - 6) + (36 - 30)) / 36",
     "bytes of a chunk": "24 * (256 + 256 // 32) * 8192",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from workbench import cost
 from workbench.config import HybridConfig
 from workbench.cost.fetch import Setting, engram_models, required_bandwidth
 from workbench.devices import devices, links
@@ -16,6 +17,8 @@ QUEUE_BLOCK_MS, QUEUE_FETCH_MS, QUEUE_LAYERS = 6.0, 18.0, (1, 3)  # two
 CHUNK = 8192
 MATRIX = ((0.6, 0.4), (0.2, 0.8))  # rows sum to one, columns do not
 GROWTH = 1.1
+LARGEST = 22.0  # of a run of 32 values
+MILLION = 2**20  # tokens, "1M" in the reports
 
 
 def _hidden(block_ms: float, fetch_ms: float, layers: tuple[int, ...]) -> float:
@@ -141,6 +144,65 @@ def _mixing_mistakes() -> tuple[Mistake, ...]:
     )
 
 
+def _key_bytes() -> float:
+    return cost.index_key_bytes(_hybrid("v4-flash"))
+
+
+def _key_mistakes() -> tuple[Mistake, ...]:
+    values = _hybrid("v4-flash").index_head_dim
+    return (
+        Mistake(values / 2, "The scales are missing: a byte for each 32 values."),
+        Mistake(values + values // 32, "You gave each value a byte; FP4 takes half of one."),
+        Mistake(values // 2 + 1, "There are several runs of 32 values, and each has a scale of its own."),
+        Mistake(2 * values, "That is BF16, two bytes a value and no scales."),
+        Mistake(
+            values // 2 + 4 * (values // 32), "You gave each scale four bytes; a power of two needs only its exponent, a byte."
+        ),
+    )
+
+
+def _fp4(largest: float, scale: float) -> float:
+    """The relative error of a value that is stored with this scale: to the nearest level, 6 at most."""
+    levels = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    stored = scale * min(levels, key=lambda level: abs(level - largest / scale))
+    return abs(stored - largest) / largest
+
+
+def _largest() -> float:
+    scale = 1.0
+    while LARGEST / scale > 6:
+        scale *= 2
+    return _fp4(LARGEST, scale)
+
+
+def _largest_mistakes() -> tuple[Mistake, ...]:
+    return (
+        Mistake(
+            _fp4(LARGEST, 2.0), "With that scale the value exceeds the largest level and is cut off; the scale must be larger."
+        ),
+        Mistake(_fp4(LARGEST, 1.0), "There is no scale in that: the largest level alone is far too small."),
+        Mistake(_largest() * LARGEST, "That is the error itself. Divide it by the value."),
+        Mistake(abs(16 - LARGEST) / LARGEST, "There is a level that is nearer, the largest one."),
+        Mistake(0.0, "A scale of exactly a sixth would do that, but scales are powers of two."),
+    )
+
+
+def _packed() -> float:
+    return cost.kv_bytes("v4-flash", MILLION, "bf16")["total"] / cost.kv_bytes("v4-flash", MILLION)["total"]
+
+
+def _packed_mistakes() -> tuple[Mistake, ...]:
+    exact, half, packed = (cost.kv_bytes("v4-flash", MILLION, storage) for storage in ("fp32", "bf16", "released"))
+    return (
+        Mistake(
+            2.0, "Not everything is half as large: there are scales, channels that stay BF16, and keys of less than a byte."
+        ),
+        Mistake(half["index"] / packed["index"], "That is the index keys alone; most of the cache are entries."),
+        Mistake(half["compressed"] / packed["compressed"], "That is the entries alone; the index keys shrink by more."),
+        Mistake(exact["total"] / packed["total"], "That is against FP32; the question is against BF16."),
+    )
+
+
 EXERCISES = (
     Exercise(
         name="hidden share",
@@ -212,5 +274,34 @@ EXERCISES = (
         solve=_mixing_bytes,
         mistakes=_mixing_mistakes,
         general="Multiply: sublayers, what each makes, what each reads, bytes a number.",
+    ),
+    Exercise(
+        name="bytes of an index key",
+        notebook=7,
+        question="An index key of V4 has 128 values, stored in FP4 with a scale of one byte for each run of 32. How many bytes"
+        " is that?",
+        unit="bytes",
+        solve=_key_bytes,
+        mistakes=_key_mistakes,
+        general="Two codes fit into a byte. Add the scales, one for each run.",
+    ),
+    Exercise(
+        name="the largest of a run",
+        notebook=7,
+        question=f"The largest of 32 values is {LARGEST:g}. FP4 has the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6, and the"
+        " scale is the smallest power of two that keeps the run within 6. Which share of its size is the error of this value?",
+        unit="share",
+        solve=_largest,
+        mistakes=_largest_mistakes,
+        general="Find the scale, divide by it, go to the nearest magnitude, multiply by the scale, and compare.",
+    ),
+    Exercise(
+        name="released against bf16",
+        notebook=7,
+        question=f"At {MILLION:,} tokens, how many times smaller is V4-Flash's cache as released than all of it in BF16?",
+        unit="times",
+        solve=_packed,
+        mistakes=_packed_mistakes,
+        general="Section 2 shows how: take both totals at this length, and divide.",
     ),
 )
