@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import workbench as wb
-from tests import cases_fitting, choosing_cases
+from tests import cases_fitting, choosing_cases, mechanism_exercises
 from workbench.errors import InputError
 from workbench.exercises import EXERCISES, check
 from workbench.exercises.questions import LUCK_TOKENS
@@ -52,6 +52,7 @@ CASES = {
     ),
     **choosing_cases.CASES,
     **cases_fitting.CASES,
+    **mechanism_exercises.CASES,
 }
 
 
@@ -160,6 +161,7 @@ SOLUTIONS = {
     "bytes of all windows": 'wb.kv_bytes("v4-flash", 32_768)["window"]',
     **choosing_cases.SOLUTIONS,
     **cases_fitting.SOLUTIONS,
+    **mechanism_exercises.SOLUTIONS,
 }
 
 

@@ -40,6 +40,8 @@ ALLOWED = {
     "caches": CORE,  # torch only where a model is fed
     "choosing": CORE,
     "compressing": CORE,
+    "mixing": CORE,  # torch only where a model runs
+    "rounding": CORE,  # likewise
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -62,7 +64,7 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims", "export"),
-            *("exercises", "glossary", "caches", "frontend", "transcript", "sharing"),
+            *("exercises", "glossary", "caches", "frontend", "transcript", "sharing", "mixing", "rounding"),
         ),
         {"torch", "plotly"},
     ),

@@ -235,6 +235,8 @@ def test_an_experiment_shows_its_runs_and_the_two_that_matter_side_by_side(ahead
     assert "2.00 ms hidden (67%)" in title(widget)
     several = OverlapTimeline(SimpleNamespace(timelines=[SERIAL, PREFETCHED]))
     assert several.shown.options == ("1, measured", "2, measured")
+    named = OverlapTimeline(timelines)
+    assert named.shown.options == widget.shown.options and named.on_show.numbers.value == ""
     for wrong in ({}, {"serial": "not one"}):
         with pytest.raises(InputError, match="must hold Timelines"):
             OverlapTimeline(SimpleNamespace(timelines=wrong))

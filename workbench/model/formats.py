@@ -122,6 +122,15 @@ class PackedFormat:
     def as_queries(self, queries: Tensor) -> Tensor:
         return self.decode(self.encode(queries))
 
+    def scales_of(self, stored: Tensor) -> Tensor:
+        """What the scale of each block of packed rows [n, stored_width] is worth, [n, blocks] float32."""
+        return self._factors(self._parts(stored)[1])
+
+    def _factors(self, scales: Tensor) -> Tensor:
+        if self.scales == "fp32":
+            return scales.clone(memory_format=torch.contiguous_format).view(torch.float32)
+        return self._scale_values(scales)
+
     def _scale(self, amax: Tensor) -> Tensor:
         """The scale of each block as a byte: E4M3, or E8M0 also where it will be stored as a float32."""
         if self.scales == "e4m3":
@@ -165,10 +174,7 @@ class PackedFormat:
     def _decode_into(self, out: Tensor, packed: Tensor) -> None:
         """packed [n, stored_width] -> out [n, width]."""
         codes, scales, kept = self._parts(packed)
-        if self.scales == "fp32":
-            factors = scales.clone(memory_format=torch.contiguous_format).view(torch.float32)
-        else:
-            factors = self._scale_values(scales)
+        factors = self._factors(scales)
         if self.codes == "fp8":
             # Sign, four exponent and three mantissa bits moved to where float16 has its own; a widened sign fills the gap.
             half = ((codes.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16)

@@ -77,10 +77,10 @@ class ComparisonView(ipw.VBox):
 class OverlapTimeline(ipw.VBox):
     """Timelines of any source, one at a time; buttons to compare, import, export, and to break a modelled overlap.
 
-    ``source``: a LiveRun, Trace or Session; a Timeline or what has one, such as a Schedule; what has several in ``timelines``,
-    such as the result of an overlap experiment; an imported Profile; or the path of a Chrome trace. Imported files join the
-    menu ``shown``. ``compare(progress=..., should_stop=...)`` returns the serial and the prefetched Timeline; by default the
-    model of the run is measured. ``figure`` and ``comparison`` are the charts last drawn.
+    ``source``: a LiveRun, Trace or Session; a Timeline or what has one, such as a Schedule; several by name, or what has them
+    in ``timelines`` as an overlap experiment's result does; an imported Profile; or the path of a Chrome trace. Imported files
+    join the menu ``shown``. ``compare(progress=..., should_stop=...)`` returns the serial and the prefetched Timeline; by
+    default the model of the run is measured. ``figure`` and ``comparison`` are the charts last drawn.
     """
 
     def __init__(self, source: Any, compare: Compare | None = None) -> None:
@@ -290,8 +290,8 @@ def _sources(source: Any) -> dict[str, Any]:
         return {source.name: source}
     if isinstance(source, Timeline):
         return {"timeline": source}
-    if hasattr(source, "timelines"):
-        named = dict(_named(source.timelines))
+    if isinstance(source, Mapping) or hasattr(source, "timelines"):
+        named = dict(_named(source if isinstance(source, Mapping) else source.timelines))
         if not named or not all(isinstance(timeline, Timeline) for timeline in named.values()):
             raise InputError(f"timelines must hold Timelines, {type(source).__name__} has {named!r:.80}")
         ahead = next((named[name] for name in AHEAD if name in named), None)
