@@ -31,12 +31,12 @@ def test_an_entry_has_a_row_for_each_token_and_its_blocks_apart():
     made = gates()
     fig = entry_weights(made, 1, TEXTS)
     before, mean_before, own, mean_own, even = fig.data
-    assert np.array_equal(before.z, np.round(100 * made.weights[1, :3])) and np.array_equal(
-        own.z, np.round(100 * made.weights[1, 3:])
-    )
+    percent = np.round(100 * made.weights[1])
+    assert np.array_equal(before.z[:3], percent[:3]) and np.array_equal(own.z[3:], percent[3:])
+    assert np.isnan(before.z[3:]).all() and np.isnan(own.z[:3]).all() and list(before.y) == list(own.y), "one axis of names"
     assert before.zmax == own.zmax == np.round(100 * made.weights[1]).max(), "one scale for both blocks"
     assert np.allclose([*mean_before.x, *mean_own.x], 100 * made.by_token[1])
-    assert list(own.y) == ["3 ·c", "4 d", "5 e"] and mean_before.y[0] == "0 &lt;b&gt;"
+    assert list(mean_own.y) == ["3 ·c", "4 d", "5 e"] and own.y[0] == mean_before.y[0] == "0 &lt;b&gt;"
     assert even.x[0] == pytest.approx(100 / 6) and fig.layout.shapes[0].y0 == 2.5 and "tokens 0–5" in fig.layout.title.text
     assert fig.layout.yaxis.range[0] > fig.layout.yaxis.range[1], "the earliest token is on top"
 

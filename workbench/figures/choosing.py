@@ -23,7 +23,7 @@ GROUP_COLOURS = (VERMILLION, BLUE, GREEN, PINK)
 MOST_POINTS = 2048  # of one chart
 LEAST_MASS = 1e-5  # smaller ones are drawn there: zero has no place on a logarithmic axis
 BELOW = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
-WORK_COLOURS = {"indexer": ORANGE, "core": VERMILLION, "projections": BLUE}
+WORK_COLOURS = {"indexer": SKY, "core": VERMILLION, "projections": BLUE}
 WORK_NAMES = {"indexer": "indexer: choosing", "core": "attention: reading what was chosen", "projections": "all weights"}
 WORK_PATTERNS = {"indexer": "/", "core": "", "projections": "x"}
 

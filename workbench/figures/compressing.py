@@ -64,8 +64,12 @@ def entry_weights(gates: GateWeights, entry: int, texts: Sequence[str]) -> go.Fi
         parts.insert(0, (0, half, "block before (series a)", BLUE, "/"))
     for first, stop, name, colour, pattern in parts:
         clear = f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},0)"
+        z: np.ndarray = percent
+        if half:  # all rows in both maps, with gaps: plotly cannot draw two with different rows on an axis of names
+            z = np.full(weights.shape, np.nan, np.float32)
+            z[first:stop] = percent[first:stop]
         fig.add_heatmap(
-            z=percent[first:stop], y=names[first:stop], zmin=0, zmax=int(percent.max()), showscale=False,
+            z=z, y=names, zmin=0, zmax=int(percent.max()), showscale=False, hoverongaps=False,
             colorscale=[[0, clear], [1, colour]], name=name,
             hovertemplate="token %{y}<br>channel %{x}: weight %{z} %<extra></extra>", row=1, col=1,
         )  # fmt: skip
