@@ -75,7 +75,7 @@ def record_mixing(model: LanguageModel, prompt: str | Sequence[int]) -> Mixing:
     from workbench.model.layers import rms_scale
     from workbench.runtime import device_name, threads_for_run, use_threads
 
-    wrapped = [getattr(block, name, None) for block in model.blocks for name in ("hc_attn", "hc_ffn")]
+    wrapped: list[Any] = [getattr(block, name, None) for block in model.blocks for name in ("hc_attn", "hc_ffn")]
     if None in wrapped:
         raise InputError(f"{model.name} has one residual stream; choose tiny-v4, whose sublayers mix several")
     ids = encode(model, prompt)
