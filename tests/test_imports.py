@@ -32,7 +32,7 @@ ALLOWED = {
     "engram": CORE,  # torch only inside engram_effect
     "walk": CORE,  # its records without torch, see RECORDS below
     "claims": set(),
-    "transcript": set(),
+    "agent": set(),
     "sharing": {"numpy"},
     "prefills": CORE,
     "exercises": {"numpy"},
@@ -64,7 +64,7 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims", "export"),
-            *("exercises", "glossary", "caches", "frontend", "transcript", "sharing", "mixing", "rounding"),
+            *("exercises", "glossary", "caches", "frontend", "agent", "sharing", "mixing", "rounding"),
         ),
         {"torch", "plotly"},
     ),

@@ -87,7 +87,7 @@ _HOME = {
     "sharing_chart": "figures.sharing",
     "choices_chart": "figures.sharing",
     "replay_chart": "figures.sharing",
-    "agent_session": "transcript",
+    "agent_session": "agent",
     "session_context": "figures.fitting",
     "measured_and_modelled": "figures.fitting",
     "filling_chart": "figures.fitting",

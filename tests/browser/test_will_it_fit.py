@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.browser.lab import ROOT, Browser, browse, serve
-from workbench.transcript import agent_session
+from workbench.agent import agent_session
 
 if TYPE_CHECKING:
     from playwright.sync_api import Playwright

@@ -8,6 +8,7 @@ import pytest
 
 from tests.synthetic import synthetic_trace
 from workbench import cost
+from workbench.agent import Turn, agent_session
 from workbench.cost.filling import all_cards_needed, filling, when_full
 from workbench.errors import InputError
 from workbench.figures.fitting import (
@@ -21,7 +22,6 @@ from workbench.figures.fitting import (
     session_context,
     sessions_chart,
 )
-from workbench.transcript import Turn, agent_session
 
 
 def test_roles_add_up_to_the_context():

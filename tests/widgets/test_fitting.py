@@ -7,8 +7,8 @@ import json
 import pytest
 
 from workbench import cost
+from workbench.agent import Turn, agent_session
 from workbench.errors import InputError
-from workbench.transcript import Turn, agent_session
 from workbench.widgets.fitting import CardsNeeded, WillItFit
 
 

@@ -8,6 +8,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from workbench import cost
+from workbench.agent import MADE_UP, ROLES, Turn
 from workbench.cost.capacity import Fit
 from workbench.cost.filling import CARDS, Cards, Choice, Filling
 from workbench.errors import InputError
@@ -15,7 +16,6 @@ from workbench.figures.caches import size
 from workbench.figures.memory import PART_COLOURS, PART_ORDER, PART_PATTERNS
 from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILLION, chart_text, styled
 from workbench.trace import Trace
-from workbench.transcript import MADE_UP, ROLES, Turn
 
 ROLE_LOOKS = {"system": (PINK, "x"), "user": (GREEN, "."), "assistant": (ORANGE, "/"), "tool": (BLUE, "")}
 WEIGHTS_COLOUR = GREY

@@ -8,6 +8,7 @@ from typing import Any
 
 import ipywidgets as ipw
 
+from workbench.agent import MADE_UP, Turn, agent_session
 from workbench.cost.capacity import FORMULA, Fit, fit
 from workbench.cost.filling import CARDS, Cards, Choice, Filling, all_cards_needed, filling, when_full
 from workbench.cost.sequence import length_limit
@@ -15,7 +16,6 @@ from workbench.devices import devices
 from workbench.errors import InputError, WorkbenchError
 from workbench.figures.fitting import card_use, cards_table_html, choices_html, filling_chart
 from workbench.presets import presets
-from workbench.transcript import MADE_UP, Turn, agent_session
 from workbench.widgets.render import as_output
 
 NARROW = ipw.Layout(width="min(100%, 330px)")

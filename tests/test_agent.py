@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from workbench.agent import MADE_UP, ROLES, TOOLS, agent_session
 from workbench.errors import InputError
-from workbench.transcript import MADE_UP, ROLES, TOOLS, agent_session
 
 
 @pytest.mark.parametrize("tokens", [1024, 1025, 20_011, 2**20])
