@@ -19,6 +19,7 @@ _HOME = {
     "run": "live",
     "LiveRun": "live",
     "Trace": "trace",
+    "capture": "captures",
     "Timeline": "trace",
     "Span": "trace",
     "overlap_experiment": "memory.overlap",

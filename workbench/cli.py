@@ -107,8 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--all", action="store_true", help="run every benchmark in turn")
     bench.set_defaults(command=_bench, arguments=[])
 
-    read = commands.add_parser("import", help="read a profiler's or Chrome trace and say what overlapped")
-    read.add_argument("file", type=Path, metavar="FILE", help="what torch.profiler exports (.json, .json.gz), or an own export")
+    read = commands.add_parser("import", help="read a profiler's trace or a server's selections and say what is in them")
+    read.add_argument(
+        "file", type=Path, metavar="FILE", help="what torch.profiler exports (.json, .json.gz), an own export, or a capture"
+    )
+    read.add_argument("--preset", metavar="P", help="of a capture: the model the server runs (default: the one it names)")
+    read.add_argument("--layers", type=int, nargs="+", metavar="N", help="of a capture: some of the layers that choose")
     read.set_defaults(command=_import)
 
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
@@ -258,9 +262,19 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    """One line a stream or thread of a profiler's trace, or the totals of a timeline; wb.OverlapTimeline(FILE) draws it."""
-    from workbench import chrome_trace
+    """One line a stream or thread of a profiler's trace, or the totals of a timeline; wb.OverlapTimeline(FILE) draws it.
+
+    Of a server's selections one line a layer; wb.AttentionExplorer(wb.Trace.from_capture(FILE)) draws them.
+    """
+    from workbench import captures, chrome_trace
     from workbench.profile import Profile, overlap_lines
+
+    if options.file.is_file() and captures.is_capture(options.file):
+        trace = captures.trace_of(options.file, options.preset, layers=options.layers)
+        print("\n".join(captures.summary_lines(trace)))
+        return 0
+    if options.preset or options.layers:
+        raise InputError(f"{options.file} is no capture, so --preset and --layers mean nothing; leave them out")
 
     found = chrome_trace.load(options.file)
     if isinstance(found, Profile):
