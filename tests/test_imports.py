@@ -41,6 +41,7 @@ ALLOWED = {
     "checkpoint": CORE,
     "memory": CORE,
     "recorder": CORE,
+    "attached": CORE,
     "live": CORE,
     "needle": CORE,
     "true_size": CORE,
@@ -61,7 +62,8 @@ NEVER_LOADED = {
         {"torch", "plotly"},
     ),
     **dict.fromkeys(
-        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets"}
+        ("model", "checkpoint", "memory", "recorder", "attached", "live", "training", "true_size"),
+        {"plotly", "PIL", "ipywidgets"},
     ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }

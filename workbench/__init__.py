@@ -20,6 +20,7 @@ _HOME = {
     "LiveRun": "live",
     "Trace": "trace",
     "capture": "captures",
+    "attach": "attached",
     "Timeline": "trace",
     "Span": "trace",
     "overlap_experiment": "memory.overlap",
