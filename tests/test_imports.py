@@ -16,6 +16,7 @@ ALLOWED = {
     "": set(),  # workbench/__init__.py
     "__main__": set(),
     "errors": set(),
+    "transcript": set(),
     "config": set(),
     "presets": set(),
     "devices": set(),
@@ -54,7 +55,7 @@ ALLOWED = {
 NEVER_LOADED = {
     **dict.fromkeys(
         (
-            *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
+            *("", "errors", "transcript", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
             *("exercises", "glossary", "caches", "captures"),

@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "checkpoint",
     "run": "live",
+    "read_transcript": "transcript",
+    "Transcript": "transcript",
     "LiveRun": "live",
     "Trace": "trace",
     "capture": "captures",

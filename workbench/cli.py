@@ -23,6 +23,7 @@ from workbench.devices import devices
 from workbench.errors import InputError, WorkbenchError
 from workbench.presets import presets
 from workbench.progress import Progress
+from workbench.transcript import Transcript, read_prompt
 
 START_PAGE = "notebooks/00_start_here.ipynb"
 
@@ -64,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a model on a prompt and save what happened")
     run.add_argument("--model", required=True, metavar="M", help="a shipped checkpoint or a model folder")
-    run.add_argument("--prompt", required=True, metavar="TEXT|@FILE", help="the text, or @ and a UTF-8 file that holds it")
+    run.add_argument(
+        "--prompt", required=True, metavar="TEXT|@FILE", help="the text, or @ and a UTF-8 file: text, or a .jsonl transcript"
+    )
     run.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the trace is saved")
     run.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     run.add_argument("--topk", type=int, metavar="K", help="entries each CSA query keeps (default: the model's)")
@@ -198,17 +201,11 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(text: str) -> str:
+def _prompt(text: str) -> str | Transcript:
     """The prompt itself, or the content of the file named after an @."""
     if not text.startswith("@"):
         return text
-    path = Path(text[1:])
-    if not path.is_file():
-        raise InputError(f"prompt file {text[1:]!r} does not exist; give @ and the path of a text file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    return read_prompt(text[1:])
 
 
 def _cost(options: argparse.Namespace) -> int:
