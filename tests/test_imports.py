@@ -16,6 +16,7 @@ ALLOWED = {
     "": set(),  # workbench/__init__.py
     "__main__": set(),
     "errors": set(),
+    "transcript": set(),
     "config": set(),
     "presets": set(),
     "devices": set(),
@@ -23,6 +24,7 @@ ALLOWED = {
     "weights": set(),
     "intervals": {"numpy"},
     "trace": {"numpy"},
+    "captures": {"numpy", "tokenizers"},
     "profile": {"numpy"},
     "chrome_trace": {"numpy"},
     "cost": {"numpy"},
@@ -47,6 +49,7 @@ ALLOWED = {
     "checkpoint": CORE,
     "memory": CORE,
     "recorder": CORE,
+    "attached": CORE,
     "live": CORE,
     "needle": CORE,
     "true_size": CORE,
@@ -61,15 +64,15 @@ ALLOWED = {
 NEVER_LOADED = {
     **dict.fromkeys(
         (
-            *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
+            *("", "errors", "transcript", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims", "export"),
-            *("exercises", "glossary", "caches", "frontend", "agent", "sharing", "mixing", "rounding"),
+            *("exercises", "glossary", "caches", "captures", "frontend", "agent", "sharing", "mixing", "rounding"),
         ),
         {"torch", "plotly"},
     ),
     **dict.fromkeys(
-        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size", "prefills"),
+        ("model", "checkpoint", "memory", "recorder", "attached", "live", "training", "true_size", "prefills"),
         {"plotly", "PIL", "ipywidgets"},
     ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),

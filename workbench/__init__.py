@@ -17,8 +17,12 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "checkpoint",
     "run": "live",
+    "read_transcript": "transcript",
+    "Transcript": "transcript",
     "LiveRun": "live",
     "Trace": "trace",
+    "capture": "captures",
+    "attach": "attached",
     "Timeline": "trace",
     "Span": "trace",
     "overlap_experiment": "memory.overlap",

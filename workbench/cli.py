@@ -23,6 +23,7 @@ from workbench.devices import devices
 from workbench.errors import InputError, WorkbenchError
 from workbench.presets import presets
 from workbench.progress import Progress
+from workbench.transcript import Transcript, read_prompt
 
 START_PAGE = "notebooks/00_start_here.ipynb"
 LAB_CONFIG = Path(__file__).parent / "assets" / "jupyter"  # has notebooks keep the state of their widgets, for reopening
@@ -65,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a model on a prompt and save what happened")
     run.add_argument("--model", required=True, metavar="M", help="a shipped checkpoint or a model folder")
-    run.add_argument("--prompt", required=True, metavar="TEXT|@FILE", help="the text, or @ and a UTF-8 file that holds it")
+    run.add_argument(
+        "--prompt", required=True, metavar="TEXT|@FILE", help="the text, or @ and a UTF-8 file: text, or a .jsonl transcript"
+    )
     run.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the trace is saved")
     run.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     run.add_argument("--topk", type=int, metavar="K", help="entries each CSA query keeps (default: the model's)")
@@ -108,8 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--all", action="store_true", help="run every benchmark in turn")
     bench.set_defaults(command=_bench, arguments=[])
 
-    read = commands.add_parser("import", help="read a profiler's or Chrome trace and say what overlapped")
-    read.add_argument("file", type=Path, metavar="FILE", help="what torch.profiler exports (.json, .json.gz), or an own export")
+    read = commands.add_parser("import", help="read a profiler's trace or a server's selections and say what is in them")
+    read.add_argument(
+        "file", type=Path, metavar="FILE", help="what torch.profiler exports (.json, .json.gz), an own export, or a capture"
+    )
+    read.add_argument("--preset", metavar="P", help="of a capture: the model the server runs (default: the one it names)")
+    read.add_argument("--layers", type=int, nargs="+", metavar="N", help="of a capture: some of the layers that choose")
     read.set_defaults(command=_import)
 
     export = commands.add_parser("export", help="write a notebook, or a folder of them, as one HTML file that works from disk")
@@ -208,17 +215,11 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(text: str) -> str:
+def _prompt(text: str) -> str | Transcript:
     """The prompt itself, or the content of the file named after an @."""
     if not text.startswith("@"):
         return text
-    path = Path(text[1:])
-    if not path.is_file():
-        raise InputError(f"prompt file {text[1:]!r} does not exist; give @ and the path of a text file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    return read_prompt(text[1:])
 
 
 def _cost(options: argparse.Namespace) -> int:
@@ -272,9 +273,19 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    """One line a stream or thread of a profiler's trace, or the totals of a timeline; wb.OverlapTimeline(FILE) draws it."""
-    from workbench import chrome_trace
+    """One line a stream or thread of a profiler's trace, or the totals of a timeline; wb.OverlapTimeline(FILE) draws it.
+
+    Of a server's selections one line a layer; wb.AttentionExplorer(wb.Trace.from_capture(FILE)) draws them.
+    """
+    from workbench import captures, chrome_trace
     from workbench.profile import Profile, overlap_lines
+
+    if options.file.is_file() and captures.is_capture(options.file):
+        trace = captures.trace_of(options.file, options.preset, layers=options.layers)
+        print("\n".join(captures.summary_lines(trace)))
+        return 0
+    if options.preset or options.layers:
+        raise InputError(f"{options.file} is no capture, so --preset and --layers mean nothing; leave them out")
 
     found = chrome_trace.load(options.file)
     if isinstance(found, Profile):

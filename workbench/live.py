@@ -10,6 +10,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,9 @@ from workbench.model.language_model import LanguageModel
 from workbench.recorder import Recorder
 from workbench.runtime import device_name, threads_for_run, use_threads
 from workbench.trace import Timeline, Trace
+from workbench.transcript import Transcript, read_prompt
 
+Prompt = str | Path | Transcript | Sequence[int]
 State = Literal["running", "paused", "done", "stopped", "failed"]
 FINAL = ("done", "stopped", "failed")
 PREFILL_CHUNK = 256
@@ -77,7 +80,7 @@ class LiveRun:
     def __init__(
         self,
         model: LanguageModel,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         max_new_tokens: int = 64,
         seed: int = 0,
@@ -101,7 +104,8 @@ class LiveRun:
         self.model = model
         self.error: str | None = None
         self.callback_error: str | None = None
-        self._ids = encode(model, prompt)
+        prompt = read_prompt(prompt) if isinstance(prompt, Path) else prompt
+        self._ids = encode(model, prompt.text if isinstance(prompt, Transcript) else prompt)
         self._texts = list(token_texts(model, self._ids))
         self._prompt_length = len(self._ids)
         self._room = model.config.max_position_embeddings - self._prompt_length
@@ -116,6 +120,8 @@ class LiveRun:
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
         }
+        if isinstance(prompt, Transcript) and model.tokenizer is not None:  # without one, encode has refused it
+            self._notes["roles"] = prompt.token_roles(model.tokenizer.encode(prompt.text).offsets)
         self._device = device_name(str(model.device))
         self._recorder = Recorder(model) if record else None
         self._fed = 0
@@ -296,7 +302,7 @@ class LiveRun:
 
 def run(
     model: LanguageModel,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     *,
     max_new_tokens: int = 64,
     seed: int = 0,
@@ -307,9 +313,10 @@ def run(
 ) -> LiveRun:
     """Start generating in the background and return the LiveRun at once.
 
-    ``temperature`` 0 is greedy; ``topk`` keeps another number of entries than the model's; ``prefetch`` says when Engram
-    rows are fetched ("prefetch" ahead of need, "serial" at the layer, "resident": they lie on the compute device);
-    ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
+    ``prompt`` is text, token ids, a Path (of a text file, or a .jsonl transcript) or what ``wb.read_transcript`` returns, whose
+    roles are kept in the trace's notes. ``temperature`` 0 is greedy; ``topk`` keeps another number of entries than the model's;
+    ``prefetch`` says when Engram rows are fetched ("prefetch" ahead of need, "serial" at the layer, "resident": they lie on the
+    compute device); ``record=False`` leaves out all recording. Raises InputError for a prompt or setting that cannot be used.
     """
     return LiveRun(
         model,

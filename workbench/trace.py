@@ -129,6 +129,8 @@ class LayerTrace:
     float16 over all entries; column c of row t is the maximum over entries c * p .. c * p + p - 1 with
     p = ``entry_pooling(t)``, which is 1 up to 2,048 tokens of context (less in long traces of layers with an entry a token).
     Where an entry is a token (MLA, GQA, MHA and V3.2's selection) there is neither window nor sink.
+    Of a model that runs on a server only the choice is known (``selection_only``): ``selected`` is there, in the server's
+    order, H and W are 0 and everything else is None.
     """
 
     layer: int
@@ -162,6 +164,11 @@ class LayerTrace:
     def selects(self) -> bool:
         """True where each query keeps a few entries, False where it attends to all of them or has none."""
         return self.kind in SELECTING
+
+    @property
+    def selection_only(self) -> bool:
+        """True where nothing but the kept entries is known: no probabilities, no scores, neither window nor sink."""
+        return self.selected is not None and self.selected_probs is None
 
     @property
     def indexes(self) -> bool:
@@ -383,6 +390,27 @@ class Trace:
                 f"{folder} is damaged or foreign ({type(error).__name__}: {reason}); save the trace again"
             ) from None
 
+    @classmethod
+    def from_capture(
+        cls,
+        file: str | Path,
+        preset: Any = None,
+        *,
+        layers: Sequence[int] | None = None,
+        prompt: str | Sequence[int] | None = None,
+        tokenizer: Any = None,
+    ) -> Trace:
+        """The selections of a real model, from what `wb.capture` or a server's answer holds: no probabilities, no scores.
+
+        ``preset`` is the model the server runs: a name, a Preset or a configuration (default: the one noted in the file).
+        ``layers`` keeps some of the layers that choose. More than 256 MiB is decoded once into files beside the capture and
+        mapped. ``prompt`` (as sent) and ``tokenizer`` (the model's tokenizer.json) give the tokens where the file lacks them.
+        Raises InputError for a file of another model or shape, and for what does not fit, saying what to choose.
+        """
+        from workbench.captures import trace_of
+
+        return trace_of(file, preset, layers=layers, prompt=prompt, tokenizer=tokenizer)
+
 
 def shipped_traces(prefix: str = "") -> tuple[str, ...]:
     """Names of the recordings that ship and begin with ``prefix``, for ``Trace.load``."""
@@ -496,7 +524,8 @@ def _check(trace: Trace) -> None:
             f"a trace of {length} tokens has {len(trace.token_texts)} texts and prompt_length {trace.prompt_length}"
         )
     for layer in trace.layers:
-        missing = [name for name in _NEEDED[layer.kind] if getattr(layer, name) is None]
+        needed = ("selected",) if layer.selection_only and not layer.heads else _NEEDED[layer.kind]
+        missing = [name for name in needed if getattr(layer, name) is None]
         if missing or (layer.ratio < 1) != (layer.kind == "window"):
             raise InputError(f"layer {layer.layer} ({layer.kind}, ratio {layer.ratio}) lacks {missing or 'a ratio'}")
     records: tuple[LayerTrace | EngramTrace, ...] = (*trace.layers, *trace.engram)

@@ -29,6 +29,8 @@ TILE_BYTES = 180_000  # a notebook keeps pictures as base64, a third larger, and
 THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 5_000, 56
 MAX_CELL_PIXELS = 32
 CHUNK_VALUES = 1 << 22  # probabilities worked on at once
+SELECTED = "selected (no probabilities in a capture)"
+THUMBNAIL_QUERIES = 8  # of a capture, looked at for each row of a thumbnail's cells; the large map looks at all
 LAYER_NAMES = {
     "csa": "CSA",
     "hca": "HCA",
@@ -49,6 +51,8 @@ class Tile:
     ``values`` [h, w] float32 holds the largest probability in each cell of ``pooling`` (rows, columns); a cell is drawn
     ``scale`` (rows, columns) pixels large. The colour is the square root of the probability, 0 to 1, so that small ones
     show; cells no query of theirs may look at are transparent, ``visible`` [h, w] is False there.
+    Of a layer of which only the selection is known, ``values`` holds the share of the cell's pairs (query, column it may look
+    at) that were selected: 1 or 0 where a cell is one pair.
     """
 
     png: bytes
@@ -81,7 +85,10 @@ class Tile:
             (start + at * pool, min(start + (at + 1) * pool, stop))
             for at, pool, (start, stop) in zip((i, j), self.pooling, (self.row_range, self.column_range), strict=True)
         )
-        exact = _pooled(self.layer, self.head, rows, columns, (1, 1), self.composite)
+        if self.layer.selection_only:
+            exact = _shares(self.layer, rows, columns, (1, 1), self.composite)
+        else:
+            exact = _pooled(self.layer, self.head, rows, columns, (1, 1), self.composite)
         if not exact.any():  # nothing is attended here: the pair in the middle stands for the cell
             return (rows[0] + rows[1] - 1) // 2, (columns[0] + columns[1] - 1) // 2
         row, column = divmod(int(exact.argmax()), exact.shape[1])
@@ -127,7 +134,15 @@ def tokens_each(layer: LayerTrace) -> str:
     return f"{layer.ratio} token{'s' if layer.ratio > 1 else ''}"
 
 
-def describe_head(head: Head) -> str:
+def token_columns(layer: LayerTrace) -> int:
+    """How many columns, from the left, are tokens: those of the window, or all where entries are tokens."""
+    return layer.length if layer.of_tokens else window_columns(layer)
+
+
+def describe_head(layer: LayerTrace, head: Head) -> str:
+    """What a value of this layer is: whose probability, or in a capture no more than a mark."""
+    if layer.selection_only:
+        return SELECTED
     return f"{head} over heads" if isinstance(head, str) else f"head {head}"
 
 
@@ -162,7 +177,8 @@ def composite_tile(
     """Window and compressed attention on one token axis: columns are tokens 0..L-1.
 
     An entry's probability is *painted* over every token it was made from, not divided among them, and where sources overlap
-    (CSA) the larger one shows; so a row of this picture does not sum to one.
+    (CSA) the larger one shows; so a row of this picture does not sum to one. Of a layer of which only the selection is known
+    an entry is drawn over its own block of tokens alone.
     """
     record = trace.layer(layer)
     return _tile(trace, record, head, rows, columns, record.length, max_pixels, step, TILE_BYTES, True)
@@ -171,7 +187,7 @@ def composite_tile(
 def thumbnails(trace: Trace, layer: int) -> list[tuple[Head, bytes]]:
     """A small composite picture of the maximum over heads and of each head, as (head, png) of at most 5 KB each."""
     record = trace.layer(layer)
-    heads: list[Head] = ["max", *range(record.heads)]
+    heads: list[Head] = ["max", *range(record.heads)]  # a capture has one selection for all heads
     return [(head, _thumbnail(trace, record, head)) for head in heads]
 
 
@@ -209,7 +225,11 @@ def _tile(
     columns = _range("columns", columns, width)
     shape = rows[1] - rows[0], columns[1] - columns[0]
     pooling = -(-shape[0] // max_pixels), -(-shape[1] // max_pixels)
-    values = _pooled(record, head, rows, columns, pooling, composite)
+    if record.selection_only:
+        every = max(1, pooling[0] // THUMBNAIL_QUERIES) if budget == THUMBNAIL_BYTES else 1
+        values = _shares(record, rows, columns, pooling, composite, every)
+    else:
+        values = _pooled(record, head, rows, columns, pooling, composite)
     visible = _visible(record, rows, columns, pooling, composite)
     values[~visible] = 0.0  # the end of a row recorded pooled may reach past its last visible entry
     height, width = values.shape
@@ -222,6 +242,8 @@ def check_head(record: LayerTrace, head: Head) -> None:
     """Raise InputError unless the layer has this head."""
     if head in ("max", "mean") or (isinstance(head, int) and not isinstance(head, bool) and 0 <= head < record.heads):
         return
+    if record.selection_only:
+        raise InputError(f"layer {record.layer} comes from a capture, which has one selection for all heads; got head {head!r}")
     raise InputError(f"layer {record.layer} has heads 0..{record.heads - 1}, or 'max' or 'mean' over them, got {head!r}")
 
 
@@ -277,6 +299,35 @@ def _pooled(
             spread = _spread(record, band, columns, pooling[1], record.entry_pooling(start), composite)
             grid[cells[edges]] = np.maximum(grid[cells[edges]], spread)
     return grid
+
+
+def _shares(
+    record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool, every: int = 1
+) -> np.ndarray:
+    """Of each cell's pairs of a query and a column it may look at, the share that was selected, [h, w] float32.
+
+    ``every`` looks at each so manyth query only.
+    """
+    assert record.selected is not None
+    height, width = (-(-(stop - start) // pool) for (start, stop), pool in zip((rows, columns), pooling, strict=True))
+    each = record.ratio if composite else 1  # columns that an entry is drawn over
+    left = columns[0] + pooling[1] * np.arange(width)
+    right = np.minimum(left + pooling[1], columns[1])
+    kept_pairs, pairs = np.zeros(height * width, np.int64), np.zeros((height, width), np.int64)
+    size = every * max(1, CHUNK_VALUES // max(record.selected.shape[1], width))
+    for start in range(rows[0], rows[1], size):
+        t = np.arange(start, min(start + size, rows[1]), every)
+        cells = (t - rows[0]) // pooling[0]
+        kept = np.asarray(record.selected[t[0] : t[-1] + 1 : every])
+        for offset in range(each):
+            column = kept * each + offset
+            inside = (kept >= 0) & (column >= columns[0]) & (column < columns[1])
+            flat = cells[:, None] * width + (column - columns[0]) // pooling[1]
+            kept_pairs += np.bincount(flat[inside], minlength=height * width)
+        seen = np.clip(np.minimum(right, each * ((t + 1) // record.ratio)[:, None]) - left, 0, None)
+        edges = np.flatnonzero(np.diff(cells, prepend=-1))
+        pairs[cells[edges]] += np.add.reduceat(seen, edges, axis=0)
+    return (kept_pairs.reshape(height, width) / np.maximum(pairs, 1)).astype(np.float32)
 
 
 def _chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:

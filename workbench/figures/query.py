@@ -35,9 +35,9 @@ def describe(trace: Trace, layer: int, head: Head, row: int, column: int) -> dic
 
     Keys: ``query``, ``query_text``; ``column``, ``column_kind`` ("window token", "compressed entry", or "token" where entries
     are tokens), ``entry`` or None, ``sources`` and ``source_texts``; ``visible``; ``probability`` of the head, over ``pooled``
-    entries where rows were recorded pooled. Where entries are chosen also ``index_score`` and ``rank`` (1 is best) among
-    ``visible_entries``, ``selected``, ``runner_up`` (the best one not kept) and ``chosen_by``, the layer whose indexer it was;
-    None elsewhere. Texts are not escaped.
+    entries where rows were recorded pooled, None where only the selection is known. Where entries are chosen also
+    ``index_score`` and ``rank`` (1 is best) among ``visible_entries``, ``selected``, ``runner_up`` (the best one not kept) and
+    ``chosen_by``, the layer whose indexer it was; None elsewhere. Texts are not escaped.
     """
     record = trace.layer(layer)
     check_head(record, head)
@@ -59,7 +59,7 @@ def describe(trace: Trace, layer: int, head: Head, row: int, column: int) -> dic
         "source_texts": tuple(trace.token_texts[t] for t in sources),
         "visible": row - record.window < column <= row if entry is None else entry < closed,
         "visible_entries": closed,
-        "probability": 0.0,
+        "probability": None if record.selection_only else 0.0,
         "pooled": 1,
         "index_score": None,
         "rank": None,
@@ -71,6 +71,8 @@ def describe(trace: Trace, layer: int, head: Head, row: int, column: int) -> dic
         return out
     if entry is None:
         out["probability"] = float(of_head(record.window_probs[row], head)[column - row + record.window - 1])
+    elif record.selection_only:
+        out |= _describe_selection(record, None, row, entry)
     elif record.selected is not None and record.selected_probs is not None:
         out |= _describe_selection(record, trace.chooser(layer), row, entry)
         if out["selected"]:
@@ -107,11 +109,19 @@ def _runner_up(chooser: LayerTrace, token: int) -> int:
 
 
 def source_probs(record: LayerTrace, head: Head, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every column query ``token`` attends to: columns [N], probabilities [N], entries each stands for [N], 1 if not pooled."""
+    """Every column query ``token`` attends to: columns [N], probabilities [N], entries each stands for [N], 1 if not pooled.
+
+    Where only the selection is known, a kept column has 1: a mark, and no probability.
+    """
     tokens = window_columns(record)
     columns = token - record.window + 1 + np.arange(record.window)
-    probs, stands_for = of_head(record.window_probs[token], head), np.ones(record.window, np.int64)
-    if record.selected is not None and record.selected_probs is not None:
+    probs = np.zeros(0, np.float32) if record.selection_only else of_head(record.window_probs[token], head)
+    stands_for = np.ones(record.window, np.int64)
+    if record.selection_only:
+        assert record.selected is not None
+        entry_columns = np.asarray(record.selected[token]).astype(np.int64)
+        entry_probs, each = (entry_columns >= 0).astype(np.float32), np.ones(len(entry_columns), np.int64)
+    elif record.selected is not None and record.selected_probs is not None:
         kept = record.selected[token]
         entry_columns, entry_probs = np.where(kept >= 0, tokens + kept, -1), of_head(record.selected_probs[token], head)
         each = np.ones(len(kept), np.int64)
@@ -128,7 +138,10 @@ def source_probs(record: LayerTrace, head: Head, token: int) -> tuple[np.ndarray
 
 
 def top_sources(trace: Trace, layer: int, head: Head, token: int, k: int) -> list[dict[str, Any]]:
-    """The ``k`` columns query ``token`` attends to most, best first, each as ``describe`` tells it."""
+    """The ``k`` columns query ``token`` attends to most, best first, each as ``describe`` tells it.
+
+    Where only the selection is known, the first ones in the server's order.
+    """
     record = trace.layer(layer)
     check_head(record, head)
     _check_token(record, token)
@@ -149,7 +162,8 @@ def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.
 
     The first row (only where entries are chosen) has one bar per visible entry with the score of the indexer that chose, the
     second one bar per window token, attended entry and the sink, of those the layer has. An entry's bar covers its own block of
-    tokens. More than a few hundred bars are pooled by maximum.
+    tokens. More than a few hundred bars are pooled by maximum. Where only the selection is known, one row shows which entries
+    were selected, or of how large a share where there are too many to draw each.
     """
     record = trace.layer(layer)
     check_head(record, head)
@@ -159,9 +173,12 @@ def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.
     fig = make_subplots(rows=2 if indexed else 1, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     if chooser is not None and indexed:
         _add_scores(fig, record, chooser, token)
-    _add_probs(fig, record, token, head, 2 if indexed else 1)
+    if record.selection_only:
+        _add_selected(fig, record, token)
+    else:
+        _add_probs(fig, record, token, head, 2 if indexed else 1)
     text = style.visible_text(trace.token_texts[token])
-    heading = f"layer {layer} ({describe_layer(record)}), {describe_head(head)}: query token {token} “{text}”"
+    heading = f"layer {layer} ({describe_layer(record)}), {describe_head(record, head)}: query token {token} “{text}”"
     lines = [*wrap(trace.label, TITLE_WIDTH), *wrap(heading, TITLE_WIDTH)]
     above = 14 + 17 * len(lines) + 62  # the title and three lines of legend
     style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + (310 if indexed else 170))
@@ -229,6 +246,33 @@ def _add_probs(fig: go.Figure, record: LayerTrace, token: int, head: Head, row: 
         fig.add_trace(bar.update(opacity=0.85, marker_line_width=0), row=row, col=1)
     fig.update_xaxes(range=[start, record.length])
     fig.update_yaxes(title_text="probability", rangemode="tozero", row=row, col=1)
+
+
+def _add_selected(fig: go.Figure, record: LayerTrace, token: int) -> None:
+    """Which visible entries were selected: a mark for each, or shares of groups of neighbours."""
+    assert record.selected is not None
+    entries = record.visible_entries(token)
+    kept = np.asarray(record.selected[token])
+    mark = np.zeros(entries, np.int64)
+    mark[kept[kept >= 0]] = 1
+    group = -(-entries // MAX_POINTS) if entries else 1
+    first = np.arange(0, entries, group)
+    counts = np.add.reduceat(mark, first) if entries else mark
+    last = np.minimum(first + group, entries)
+    shown = counts > 0
+    x = (first + last)[shown] * record.ratio / 2 - 0.5
+    told = np.stack([first, last - 1, counts, last - first], axis=1)[shown]
+    name = "token" if record.of_tokens else "entry"
+    hover = name + " %{customdata[0]}–%{customdata[1]}<br>%{customdata[2]} of %{customdata[3]} selected<extra></extra>"
+    bar = go.Bar(x=x, y=(counts / (last - first))[shown], width=((last - first) * record.ratio)[shown], customdata=told)
+    label = f"selected ({int(mark.sum()):,} of {entries:,} {'tokens' if record.of_tokens else 'compressed entries'})"
+    look = {"name": label, "hovertemplate": hover, "marker_color": style.ENTRY_COLOUR, "opacity": 0.85, "marker_line_width": 0}
+    fig.add_trace(bar.update(**look), row=1, col=1)
+    fig.update_xaxes(range=[-0.5, record.length])
+    title = "selected" if group == 1 else f"share selected of {group} neighbours"
+    fig.update_yaxes(title_text=title, range=[0, 1.05], tickvals=[0, 1] if group == 1 else None, row=1, col=1)
+    if group == 1:
+        fig.update_yaxes(ticktext=["no", "yes"], row=1, col=1)
 
 
 def _bars(record: LayerTrace, entries: np.ndarray, heights: np.ndarray, each: int = 1) -> tuple[np.ndarray, ...]:

@@ -13,6 +13,7 @@ import ipywidgets as ipw
 
 from workbench.figures import style
 from workbench.figures.attention import (
+    SELECTED,
     Head,
     Range,
     Tile,
@@ -23,6 +24,7 @@ from workbench.figures.attention import (
     describe_layer,
     layer_thumbnails,
     thumbnails,
+    token_columns,
     tokens_each,
     window_columns,
 )
@@ -208,7 +210,7 @@ class AttentionExplorer(ipw.VBox):
             record = trace.layer(self.session.layer)
             self._carry_over(record)
             head: Head = self.session.head
-            if isinstance(head, int) and not 0 <= head < record.heads:
+            if record.selection_only or (isinstance(head, int) and not 0 <= head < record.heads):
                 head = "max"  # chosen in a layer or model with more heads
             token, view = min(self.session.token, trace.length - 1), view_of(record, self.view.value)
             self._sync_controls(trace, record, head, token)
@@ -258,6 +260,8 @@ class AttentionExplorer(ipw.VBox):
         try:
             layers = tuple((f"{x.layer}: {describe_layer(x)}", x.layer) for x in trace.layers)
             heads = (("max", "max"), ("mean", "mean"), *((str(h), h) for h in range(record.heads)))
+            if record.selection_only:
+                heads = (("all", "max"),)
             for menu, options, value in ((self.layer, layers, record.layer), (self.head, heads, head)):
                 if menu.options != options:
                     menu.options = options
@@ -274,7 +278,10 @@ class AttentionExplorer(ipw.VBox):
     def _draw_thumbnails(self, record: LayerTrace, head: Head) -> None:
         layers, heads = self._pictures
         buttons = [_button("layer", n, f"layer {n}", png, n == record.layer) for n, png in layers]
-        buttons.append("<hr>")
+        if record.selection_only:
+            heads = []  # one selection for all of them
+        else:
+            buttons.append("<hr>")
         buttons += [_button("head", h, f"head {h}" if isinstance(h, int) else f"{h}", png, h == head) for h, png in heads]
         self.thumbnails.show(html=f"{_THUMBNAIL_CSS}<div class='wb-thumbs'>{''.join(buttons)}</div>")
 
@@ -284,15 +291,16 @@ class AttentionExplorer(ipw.VBox):
         tile = self.tile = make(trace, record.layer, head, rows, columns, TILE_PIXELS)
         height, width = (max(MIN_SIDE_PIXELS, size * s) for size, s in zip(tile.values.shape, tile.scale, strict=True))
         row_labels, column_labels, upright = axis_labels(trace, tile, height, width)
+        of_cell = "share selected" if record.selection_only else "maximum"
         pooled = (
             ""
             if tile.pooling == (1, 1)
-            else f"; a cell is the maximum of {tile.pooling[0]} queries x {tile.pooling[1]} columns"
+            else f"; a cell is the {of_cell} of {tile.pooling[0]} queries x {tile.pooling[1]} columns"
         )
         if view == "entries" and not record.entries:
             pooled += "; no compressed entry here, so the window is shown"
-        what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(head)}{pooled}"
-        self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar()}")
+        what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(record, head)}{pooled}"
+        self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar(record)}")
         self.map.layout.width = f"{width + LABEL_PIXELS}px"  # so that the chart stands next to it
         at = self._at
         inside = at is not None and all(a <= x < b for x, (a, b) in zip(at, (rows, columns), strict=True))
@@ -322,11 +330,15 @@ class AttentionExplorer(ipw.VBox):
     def _draw_readout(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         row, column = self._at or (token, -1)
         row = min(row, trace.length - 1)
-        if self._at is None or column >= column_count(record):
+        composite = self.tile is not None and self.tile.composite
+        if self._at is None or (column >= column_count(record) and not composite):
             self.readout.value = "Point at the map, or move over it with the arrow keys; a click or Enter chooses the query."
             return
-        if self.tile is not None and self.tile.composite:
+        if composite:
             column = painted_column(record, head, row, min(column, record.length - 1))
+            if column >= column_count(record):
+                self.readout.value = "The entry of this token is not complete yet."
+                return
         self.readout.value = readout(describe(trace, record.layer, head, row, column))
 
     def _draw_strip(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
@@ -338,7 +350,9 @@ class AttentionExplorer(ipw.VBox):
 
 
 def view_of(record: LayerTrace, chosen: str) -> str:
-    """The view that is drawn: a layer whose entries are tokens has one only."""
+    """The view that is drawn: a layer whose entries are tokens has one only, and a capture no window."""
+    if record.selection_only and chosen != "composite" and not record.of_tokens:
+        return "entries"
     return "both" if record.of_tokens else chosen
 
 
@@ -360,6 +374,8 @@ def zoomed(old: Range, whole: Range, at: int, by: int) -> Range:
 
 def painted_column(record: LayerTrace, head: Head, row: int, token: int) -> int:
     """The column behind a token of the composite view: the token itself, or an entry made from it that got more."""
+    if record.selection_only:
+        return token // record.ratio  # drawn over its own block alone; perhaps not complete yet
     columns, probs, stands_for = source_probs(record, head, row)
     best, most, tokens = token, 0.0, window_columns(record)
     for column, prob, count in zip(columns.tolist(), probs.tolist(), stands_for.tolist(), strict=True):
@@ -378,19 +394,22 @@ def axis_labels(trace: Trace, tile: Tile, height: int, width: int) -> tuple[list
 
     Cells large enough are labelled one by one, with their token's text; otherwise a few positions are.
     """
-    length = tile.layer.length  # tokens, whether in a window or as entries
 
-    def name(column: int, with_text: bool) -> str:
+    def name(column: int, with_text: bool, length: int) -> str:
         if column >= length:
             return f"entry {column - length}"
         return f"{column} {style.visible_text(trace.token_texts[column], 10)}" if with_text else str(column)
 
     sides = []
-    for (start, stop), pool, pixels in ((tile.row_range, tile.pooling[0], height), (tile.column_range, tile.pooling[1], width)):
+    of_columns = tile.layer.length if tile.composite else token_columns(tile.layer)
+    for (start, stop), pool, pixels, length in (
+        (tile.row_range, tile.pooling[0], height, tile.layer.length),
+        (tile.column_range, tile.pooling[1], width, of_columns),
+    ):
         each = pool == 1 and pixels / (stop - start) >= MIN_LABEL_PIXELS
         places = range(start, stop) if each else ticks(start, stop, length)
         cells = -(-(stop - start) // pool)
-        sides.append([[((at - start) // pool + 0.5) / cells, name(at, each)] for at in places])
+        sides.append([[((at - start) // pool + 0.5) / cells, name(at, each, length)] for at in places])
     upright = len(sides[1]) > 2 * TICKS or any(" " in str(text) and not str(text).startswith("entry") for _, text in sides[1])
     return sides[0], sides[1], upright
 
@@ -415,8 +434,8 @@ def column_title(tile: Tile) -> str:
     if layer.of_tokens:
         return "token position; a query " + ("sees the tokens it chose" if layer.selects else "sees every token up to its own")
     if tile.composite:
-        return "token position; an entry is painted over its source tokens"
-    if start >= length:
+        return f"token position; an entry is painted over its {'own block of' if layer.selection_only else 'source'} tokens"
+    if start >= token_columns(layer):
         return entry
     return "token position (sliding window)" + (f", then {entry}" if stop > length else "")
 
@@ -437,6 +456,8 @@ def readout(told: dict[str, Any]) -> str:
         return f"{line}<b>not visible</b>, {why}."
     many = "tokens" if told["column_kind"] == "token" else "entries"
     maximum = f" (maximum of {told['pooled']} {many})" if told["pooled"] > 1 else ""
+    if told["probability"] is None:
+        return f"{line}<b>{SELECTED if told['selected'] else 'not selected'}</b>."
     line += f"<b>probability {told['probability']:.3g}</b>{maximum}"
     if told["selected"] is None:
         return line + "."
@@ -455,7 +476,8 @@ def _button(kind: str, value: Any, name: str, png: bytes, pressed: bool) -> str:
     )
 
 
-def _colour_bar() -> str:
+def _colour_bar(record: LayerTrace) -> str:
     stops = ", ".join(f"rgb({r} {g} {b})" for r, g, b in style.colour_map(9).tolist())
     bar = f"<span style='display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,{stops})'></span>"
-    return f"probability 0 {bar} 1 (colour is its square root; blank: not visible)"
+    what = "share selected" if record.selection_only else "probability"
+    return f"{what} 0 {bar} 1 (colour is its square root; blank: not visible)"

@@ -45,4 +45,5 @@ class KVCacheGrowth(ipw.VBox):
             self._drawn = wanted
             self.figure = kv_growth(trace, step if trace.steps else None, log=self.scale.value)
             self.view.outputs = (as_output(self.figure),)
-            self.panel.value = kv_panel_html(trace, step) if trace.steps else "<p>No step was recorded yet.</p>"
+            told = kv_panel_html(trace, step) if trace.steps and trace.cache_bytes else ""
+            self.panel.value = told or f"<p>{'No step' if not trace.steps else 'No cache'} was recorded.</p>"
