@@ -5,7 +5,8 @@
     workbench bench engram --folder DIR        where the tables are written; one in memory (tmpfs) has no cold rows
 
 Rows of 80 float16 values as in the reference's measurements; the cache reads rows of V4.1's size, 256 values in 264 bytes, by
-the n-grams of held-out text. Everything that is compared is done in turn, round after round; medians and their ratio are shown.
+the n-grams of held-out text. Everything that is compared is done in turn, round after round; medians and their ratio are shown,
+and the 10th percentiles, which other work on the machine disturbs less.
 "Cold" rows were dropped from the system's memory before each call; what the disk keeps in a memory of its own is out of reach.
 The record goes to ``benchmarks/results/engram-<device>.json``.
 (reference/engram-and-overlap.md, sections 4.3, 5.1 and 5.2)
@@ -57,20 +58,22 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--folder", type=Path, help="where the table is written (default: the system's temporary folder)")
     options = parser.parse_args(arguments)
     quick = options.quick
-    sizes, rounds = ((2**24,), 3) if quick else (SIZES, 15)
+    sizes, rounds = ((2**24,), 3) if quick else (SIZES, 40)
     text = text_rows(*((700, 20_000) if quick else (HEAD_ROWS, 10**9)))
     folder = options.folder or Path(tempfile.gettempdir())
     check_room(folder, sizes, text[0] * row_bytes("fp8", 256))
     found = _record.begin("engram", **{"row values": WIDTH, "bar": BAR})
-    print(f"{found['machine']['device']}, load {found['machine']['load_average']}; rows of {WIDTH} float16, ns a row\n")
+    print(f"{found['machine']['device']}, load {found['machine']['load_average']}")
+    print(f"rows of {WIDTH} float16, ns a row: median (10th percentile)\n")
     with temporary(folder) as place:
         found["sizes"] = [of_size(place, size, rounds) for size in sizes]
         path = place / f"{sizes[-1]}.table"
         found["cold"] = cold(path, 3 if quick else 7)
         found["longest gap"] = lock_gaps(path, 3 if quick else 9)
         found["hot rows"] = hot_rows(place, *text, *(((500, 2000), 2) if quick else (CAPACITIES, 16)))
-    worst = max(size["ratio"] for size in found["sizes"])
-    print(f"\ngather in memory takes at most {worst:.2f} times numpy.take (bar {BAR}: {'met' if worst <= BAR else 'NOT met'})")
+    medians, tenths = (max(size[key] for size in found["sizes"]) for key in ("ratio", "p10 ratio"))
+    met = "met" if medians <= BAR else "NOT met; on a busy machine the 10th percentile tells more"
+    print(f"\ngather in memory takes at most {medians:.2f} ({tenths:.2f}) times numpy.take (bar {BAR}: {met})")
     if not quick:
         _record.store(found)
 
@@ -98,8 +101,8 @@ def check_room(folder: Path, sizes: Sequence[int], hot_bytes: int) -> None:
         raise InputError(f"the tables take {size_text(memory)} of memory, {size_text(left)} are free; try --quick")
 
 
-def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, done in turn; the first round warms up."""
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, done in turn; the first round warms up."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 1):
         for name, call in calls.items():
@@ -107,7 +110,7 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
             call()
             if round_:
                 taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
 
 
 def of_size(folder: Path, size: int, rounds: int) -> dict[str, Any]:
@@ -126,12 +129,12 @@ def of_size(folder: Path, size: int, rounds: int) -> dict[str, Any]:
             },
             rounds,
         )
-    ns = {name: 1e9 * value / GATHERED for name, value in seconds.items()}
-    ratio = ns["in memory"] / ns["take"]
-    print(
-        f"{size / 2**20:>6.0f} MiB " + ", ".join(f"{name} {value:.0f}" for name, value in ns.items()) + f"; ratio {ratio:.2f}"
-    )
-    return {"bytes": size, "ns per row": ns, "ratio": ratio}
+    ns = {name: 1e9 * statistics.median(times) / GATHERED for name, times in seconds.items()}
+    quiet = {name: 1e9 * float(np.percentile(times, 10)) / GATHERED for name, times in seconds.items()}
+    ratio, quiet_ratio = ns["in memory"] / ns["take"], quiet["in memory"] / quiet["take"]
+    told = ", ".join(f"{name} {value:.0f} ({quiet[name]:.0f})" for name, value in ns.items())
+    print(f"{size / 2**20:>6.0f} MiB {told}; ratio {ratio:.2f} ({quiet_ratio:.2f})")
+    return {"bytes": size, "ns per row": ns, "p10 ns per row": quiet, "ratio": ratio, "p10 ratio": quiet_ratio}
 
 
 def cold(path: Path, rounds: int) -> dict[str, float] | str:

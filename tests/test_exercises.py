@@ -150,6 +150,8 @@ def test_hints_are_escaped_in_html():
 
 # Exercise -> its folded solution, as it stands in the notebook.
 SOLUTIONS = {
+    "kept by luck": "1 - (1 - 2 / (4096 // 4)) ** 2",
+    "entries to choose from": "trace.length // 4",
     "gqa bytes per token": "61 * 8 * 128 * 2 * 2",
     "v3.2 at a million": "61 * 2**20 * (512 + 16 + 128 + 128 + 4) / 1e9",
     "smaller than v3.2": 'wb.kv_bytes("v3.2", 2**20)["total"] / wb.kv_bytes("v4-pro", 2**20)["total"]',
@@ -162,6 +164,8 @@ SOLUTIONS = {
     **choosing_cases.SOLUTIONS,
     **cases_fitting.SOLUTIONS,
     **mechanism_exercises.SOLUTIONS,
+    "ninety percent outside": "9 * weights.device_bytes / 1e9",
+    "share outside": "weights.host_bytes / (weights.host_bytes + weights.device_bytes)",
 }
 
 
@@ -175,5 +179,7 @@ def test_the_folded_solution_of_a_notebook_is_right(name):
         "read": wb.decode_bytes("v4-pro", 2**20),
         "kinds": wb.presets["v4-flash"].layer_kinds,
         "config": wb.presets["v4.1-flash"].config,
+        "weights": wb.presets["v4.1-flash"].weights,
+        "trace": wb.Trace.load("needle"),
     }
     assert check(name, eval(SOLUTIONS[name], known))  # our own text, a few lines up

@@ -115,12 +115,14 @@ def memory_meters(
         )  # fmt: skip
         fig.update_xaxes(title="GB", range=[0, 1.45 * most / 1e9 or 1], nticks=5, row=1, col=column)
     where = "in host memory" if offloaded else "on the device"
-    origins = "; ".join(f"{t} {_origin(p)}" for t, p in zip(titles, chosen, strict=True))
+    of = [(_origin(preset), preset_title) for preset, preset_title in zip(chosen, titles, strict=True)]
+    origins = "; ".join(f"{origin} for {', '.join(t for o, t in of if o == origin)}" for origin in dict(of))
     title = f"One sequence of {length:,} tokens, cache stored as {storage}; Engram tables {where}"
-    styled(fig, f"{chart_text(title)}<br>KV: modelled (formula). Weights: {chart_text(origins)}", height=172 + 44 * len(chosen))
+    told = f"KV: modelled (formula)<br>weights: {chart_text(origins)}"
+    styled(fig, f"{chart_text(title)}<br>{told}", height=190 + 44 * len(chosen))
     fig.update_yaxes(autorange="reversed", showgrid=False)
     below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
-    return fig.update_layout(barmode="stack", legend=below, margin={"t": 74, "b": 90})
+    return fig.update_layout(barmode="stack", legend=below, margin={"t": 92, "b": 90})
 
 
 def _add_bars(

@@ -43,7 +43,7 @@ _CSS = f"""<style>
 .wb-engram table {{border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0 0 8px; font-size: 12px}}
 .wb-engram caption {{text-align: left; white-space: nowrap; font-weight: bold; padding: 4px 0}}
 .wb-engram th, .wb-engram td {{padding: 2px 8px; text-align: left; vertical-align: top; border-bottom: 1px solid #8886}}
-.wb-engram td.n {{text-align: right}}
+.wb-engram .n {{text-align: right}}
 .wb-engram td.clash {{box-shadow: inset 0 0 0 2px {VERMILLION}}}
 .wb-engram td small {{display: block; white-space: normal; min-width: 9em}}
 </style>"""
@@ -134,7 +134,7 @@ def ngrams_html(trace: Trace, ngrams: Ngrams, layer: int, token: int) -> str:
         f"Whole text, layer {layer}: {counts.reads:,} reads of {counts.rows:,} different rows, of which {counts.shared:,} are "
         f"shared by different n-grams (collisions); all other repeats are the same n-gram again."
     )
-    heads = "".join(f"<th scope='col'>head {use.head}</th>" for use in found[0].uses)
+    heads = "".join(f"<th scope='col' class='n'>head {use.head}</th>" for use in found[0].uses)
     body = "".join(_ngram_row(trace, ngram) for ngram in found)
     return (
         f"{_CSS}<div class='wb-engram'><p role='status' aria-live='polite'>{status}</p><div class='tables'>"
@@ -146,7 +146,8 @@ def ngrams_html(trace: Trace, ngrams: Ngrams, layer: int, token: int) -> str:
 
 def _ngram_row(trace: Trace, ngram: Ngram) -> str:
     parts = [f"<bdi>{escaped(trace.token_texts[t])}</bdi>" if t >= 0 else "<i>start</i>" for t in ngram.tokens]
-    again = f"token {_listed(ngram.repeats)}" if ngram.repeats else "nowhere else"
+    plural = "s" if len(ngram.repeats) > 1 else ""
+    again = f"token{plural} {_listed(ngram.repeats)}" if ngram.repeats else "nowhere else"
     cells = "".join(_row_cell(trace, ngram, use) for use in ngram.uses)
     return f"<tr><th scope='row'>{ngram.order}</th><td>{'<i>|</i>'.join(parts)}</td><td>{again}</td>{cells}</tr>"
 
@@ -164,7 +165,7 @@ def _gates_table(trace: Trace, token: int) -> str:
     """One row a layer, one column a stream, each cell coloured within the range that its gate has in the text."""
     streams = trace.engram[0].gates.shape[1]
     names: list[Stream] = [*range(streams), "mean"]
-    head = "".join(f"<th scope='col'>{n if isinstance(n, str) else f'stream {n}'}</th>" for n in names)
+    head = "".join(f"<th scope='col' class='n'>{n if isinstance(n, str) else f'stream {n}'}</th>" for n in names)
     rows = ""
     for memory in trace.engram:
         cells = ""
@@ -225,7 +226,7 @@ def engram_effect_chart(effect: EngramEffect, token: int) -> go.Figure:
     if token + 1 < effect.length:
         followed = chart_text(visible_text(effect.texts[int(effect.token_ids[token + 1])], 24))
         on, off = np.exp(-effect.on_loss[token]), np.exp(-effect.off_loss[token])
-        title += f". “{followed}” followed: {on:.1%} with, {off:.1%} without"
+        title += f"<br>“{followed}” followed: {on:.1%} with Engram, {off:.1%} without"
     note = f"{chart_text(effect.label)}<br>a vertical tick is the same token's probability on the other side"
-    styled(fig, f"{title}<br>{note}", height=144 + 24 * ranks)
-    return fig.update_layout(showlegend=False, margin={"t": 96, "b": 48})
+    styled(fig, f"{title}<br>{note}", height=160 + 24 * ranks)
+    return fig.update_layout(showlegend=False, margin={"t": 112, "b": 48})

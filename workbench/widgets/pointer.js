@@ -100,6 +100,19 @@ function picture(model, root) {
 }
 
 function text(model, root) {
+  function showChosen() {
+    const query = root.querySelector("[data-token].q");
+    if (!query) return;
+    const top = query.offsetTop - root.offsetTop;
+    if (top < root.scrollTop || top > root.scrollTop + root.clientHeight - 24) root.scrollTop = top - root.clientHeight / 2;
+  }
+  // What is drawn before it is in the page has no height and cannot be scrolled yet.
+  const appeared = new ResizeObserver(() => {
+    if (!root.clientHeight) return;
+    appeared.disconnect();
+    showChosen();
+  });
+  appeared.observe(root);
   root.addEventListener("click", (event) => {
     const token = event.target.closest("[data-token]");
     if (token) model.send({ type: "click", token: token.dataset.token });
@@ -120,14 +133,10 @@ function text(model, root) {
       root.setAttribute("aria-label", model.get("label"));
       root.innerHTML = model.get("html"); // escaped by the kernel
       if (focused) root.querySelector(`[data-token="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
-      const query = root.querySelector("[data-token].q");
-      if (query) {
-        const top = query.offsetTop - root.offsetTop;
-        if (top < root.scrollTop || top > root.scrollTop + root.clientHeight - 24) root.scrollTop = top - root.clientHeight / 2;
-      }
+      showChosen();
       done();
     },
-    close() {},
+    close() { appeared.disconnect(); },
   };
 }
 
