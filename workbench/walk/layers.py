@@ -89,7 +89,7 @@ def streams(block: Any) -> tuple[Operation, ...]:
                 Way(
                     Statement(sinkhorn, "a = a / (a.sum(1"), _matrix("return", Statement(sinkhorn, "return a.permute(2, 0, 1)"))
                 ),
-                Way(Statement(sinkhorn, "_balance_4x4(rows"), _matrix("return")),
+                Way(Statement(sinkhorn, "balance_4x4(rows"), _matrix("return")),
             ),
             "The row step is shown; it ends on a column step, so columns sum to one and rows nearly.",
         ),
