@@ -31,6 +31,8 @@ def test_roles_add_up_to_the_context():
     tool = next(data for data in fig.data if data.name == "tool")
     assert tool.y[-1] == sum(turn.tokens for turn in turns if turn.role == "tool")
     assert len(fig.to_json()) < 250_000
+    for area in fig.data:  # a pattern without a ground of its own would leave the area empty
+        assert not area.fillpattern.shape or area.fillpattern.bgcolor == area.fillcolor
 
 
 def test_the_cross_stands_at_the_first_turn_that_does_not_fit():
@@ -87,7 +89,9 @@ def test_bars_of_sessions_and_pauses_are_those_given():
     assert list(sessions_chart(fits, ["<8>", "1"]).data[0].x) == [fit.most_sequences for fit in fits]
     assert sessions_chart(fits, ["<8>", "1"]).data[0].y[0] == "&lt;8&gt;"
     choices = {name: when_full(name, 4096, "h100") for name in ("gqa-8", "v4-flash")}
-    recompute, swap = pauses_chart(choices).data
+    fig = pauses_chart(choices)
+    recompute, swap = fig.data
+    assert 10 ** fig.layout.xaxis.range[0] < min(swap.x) / 5, "the shortest bar can be seen"
     assert recompute.x[1] == choices["v4-flash"][2].seconds and swap.x[0] == choices["gqa-8"][3].seconds
     assert pauses_chart({"a": when_full("v4-flash", 10, "m3-ultra")}).data[1].text[0] == "unknown"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -43,7 +44,7 @@ def session_context(turns: Sequence[Turn]) -> go.Figure:
             line={"color": colour, "width": 0.5},
             stackgroup="context",
             fillcolor=colour,
-            fillpattern={"shape": shape, "fgcolor": "#ffffff", "solidity": 0.2},
+            fillpattern={"shape": shape, "bgcolor": colour, "fgcolor": "#ffffff", "solidity": 0.2},
             hovertemplate="%{y:,} tokens",
         )
     title = f"The context of one session, turn by turn: {turns[-1].context:,} tokens at the end<br>{chart_text(MADE_UP)}"
@@ -180,7 +181,9 @@ def pauses_chart(choices: Mapping[str, Sequence[Choice]]) -> go.Figure:
             hovertemplate="%{y}: %{text}<extra></extra>",
         )
     styled(fig, f"How long a session waits, at least, until it goes on<br>{cost.FORMULA}", height=170 + 60 * len(choices))
-    fig.update_xaxes(title="seconds", type="log", exponentformat="power", dtick=1)
+    known = [seconds for bar in fig.data for seconds in bar.x if seconds] or [1.0]
+    ends = [math.log10(min(known)) - 1, math.log10(max(known)) + 0.5]  # so that the shortest bar has a length, too
+    fig.update_xaxes(title="seconds", type="log", exponentformat="power", dtick=1, range=ends)
     fig.update_yaxes(autorange="reversed")
     return fig.update_layout(legend=_below(), margin={"b": 90, "r": 70})
 
@@ -221,7 +224,7 @@ def measured_and_modelled(trace: Trace, lengths: Sequence[int]) -> go.Figure:
     )
     styled(fig, f"{title}<br>{chart_text(trace.label)}", height=360)
     fig.update_xaxes(type="log", title="tokens in the cache", exponentformat="SI", dtick=1)
-    fig.update_yaxes(type="log", title="bytes (B)", exponentformat="SI")
+    fig.update_yaxes(type="log", title="bytes (B)", exponentformat="SI", dtick=1)
     return fig.update_layout(legend=_below(), margin={"b": 100})
 
 
