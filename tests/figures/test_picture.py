@@ -18,8 +18,9 @@ from workbench.errors import InputError
 from workbench.figures.axes import Axis, label, ticks
 from workbench.figures.caches import held_and_read, read_shares
 from workbench.figures.claims import memory_meters
+from workbench.figures.marks import Picture, hatching
 from workbench.figures.memory import kv_growth
-from workbench.figures.picture import Picture, hatching, lines_of, picture
+from workbench.figures.picture import lines_of, picture
 from workbench.figures.predict import guess_and_result, with_guess
 from workbench.figures.query import query_strip
 from workbench.figures.timeline import overlap_timeline
@@ -83,6 +84,16 @@ def test_an_arrow_points_away_from_where_it_came():
     )
     tip, *back = next(m.points for m in picture(fig).marks if m.shape == "area" and m.clip >= 0)
     assert all(x < tip[0] for x, _ in back)
+
+
+def test_the_pointer_tells_what_a_bar_is():
+    fig = go.Figure(go.Bar(x=["a", "b"], y=[3, 1234], name="bytes"))
+    fig.add_bar(x=["a"], y=[1], hovertext=["one &lt;b&gt;<br>two"], name="own")
+    svg = picture(fig).svg()
+    assert "<title>bytes: 3</title>" in svg and "<title>bytes: 1,234</title>" in svg
+    assert "<title>one &lt;b&gt;; two</title>" in svg
+    many = go.Figure(go.Bar(x=list(range(500)), y=[1] * 500, name="bytes"))
+    assert picture(many).svg().count("<title>") == 1  # that of the chart
 
 
 def test_text_is_escaped_and_markup_is_not_shown():
@@ -163,6 +174,7 @@ def test_axes_of_a_group_have_the_same_ends():
         (2_000, {}, 1_000, "2000"),
         (3e9, {"exponentformat": "SI"}, 1e9, "3G"),
         (-0.5, {}, 0.5, "\u22120.5"),
+        (-50_000, {}, 10_000, "\u221250k"),
         (0, {}, 1, "0"),
     ],
 )
