@@ -25,6 +25,7 @@ from workbench.figures.predict import guess_and_result, with_guess
 from workbench.figures.query import query_strip
 from workbench.figures.timeline import overlap_timeline
 
+DAMAGED = {"data": [{"type": "bar", "x": {"bdata": "AAAA", "dtype": "O"}, "y": [1]}]}
 BLUE, ORANGE = "#0072b2", "#e69f00"
 
 
@@ -121,9 +122,9 @@ def test_json_of_a_figure_with_packed_arrays_gives_the_same_picture():
     assert picture(stored).svg() == picture(fig).svg()
 
 
-@pytest.mark.parametrize("chart", [go.Figure(go.Heatmap(z=[[1]])), "chart", {"data": 3}])
+@pytest.mark.parametrize("chart", [go.Figure(go.Heatmap(z=[[1]])), "chart", {"data": 3}, DAMAGED])
 def test_what_cannot_be_drawn_is_refused(chart):
-    with pytest.raises(InputError, match="still picture|plotly figure"):
+    with pytest.raises(InputError, match="still picture|plotly figure|could not be drawn .ValueError"):
         picture(chart)
 
 

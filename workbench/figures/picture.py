@@ -38,7 +38,12 @@ def picture(chart: go.Figure | Mapping[str, Any], width: int = WIDTH) -> Picture
     plain = chart.to_plotly_json() if isinstance(chart, go.Figure) else chart
     if not isinstance(plain, Mapping) or not isinstance(plain.get("data", ()), list | tuple):
         raise InputError(f"a chart is a plotly figure or its JSON, got {type(chart).__name__}")
-    return _Drawing(list(plain.get("data", ())), dict(plain.get("layout") or {}), width).picture
+    try:
+        return _Drawing(list(plain.get("data", ())), dict(plain.get("layout") or {}), width).picture
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign chart provokes
+        raise InputError(f"the chart could not be drawn ({type(error).__name__}: {str(error):.80})") from None
 
 
 def lines_of(text: Any) -> list[str]:
