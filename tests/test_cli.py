@@ -364,6 +364,10 @@ def test_lab_serves_the_notebooks_behind_a_token_and_never_calls_out(tmp_path):
             assert settings["news"] == {"disabled": True}
             assert json.loads(get("/lab/api/news")) == {"news": []}
             assert json.loads(get("/lab/api/update"))["notification"] is None
+            plugin = json.loads(get("/lab/api/settings/@jupyter-widgets/jupyterlab-manager:plugin"))
+            assert (
+                plugin["schema"]["properties"]["saveState"]["default"] is True
+            )  # so that reopened notebooks show their widgets
             assert {"notebooks", "pyproject.toml"} <= {entry["name"] for entry in json.loads(get("/api/contents"))["content"]}
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(here + "/api/contents", timeout=60)

@@ -87,6 +87,18 @@ def test_a_chart_without_a_widget_is_drawn_and_a_widget_without_a_picture_comes_
     assert html.count("<svg ") >= 1 and "data:image/svg+xml" not in html and "<i>kept</i>" in html
 
 
+def test_damaged_outputs_are_one_clear_error(tmp_path):
+    from workbench.widgets.still import VIEW_MIME
+
+    path = notebook(tmp_path / "a.ipynb", "# T", "x", outputs=[shown((VIEW_MIME, {"model_id": "m"}))])
+    made = nbformat.read(path, as_version=4)
+    state = {"m": {"state": {"mode": "picture", "png": "x", "html": "", "width": "wide"}}}
+    made.metadata.widgets = {"application/vnd.jupyter.widget-state+json": {"state": state}}
+    nbformat.write(made, path)
+    with pytest.raises(WorkbenchError, match="a.ipynb has outputs that cannot be pictured"):
+        export(path, tmp_path / "a.html")
+
+
 def test_a_folder_becomes_one_page_with_contents_in_order(tmp_path):
     course = tmp_path / "course"
     course.mkdir()

@@ -140,7 +140,13 @@ def _section(path: Path, run: bool) -> tuple[str, str]:
     notebook = _read(path)
     if run and not any(cell.get("outputs") for cell in notebook.cells):
         _execute(notebook, path)
-    return _title(notebook, path), _body(notebook, path)
+    try:
+        return _title(notebook, path), _body(notebook, path)
+    except WorkbenchError:
+        raise
+    except Exception as error:  # whatever outputs that no workbench has written provoke
+        said = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
+        raise WorkbenchError(f"{path.name} has outputs that cannot be pictured ({said}); clear them and export again") from None
 
 
 def _read(path: Path) -> Any:

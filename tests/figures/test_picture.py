@@ -18,12 +18,14 @@ from workbench.errors import InputError
 from workbench.figures.axes import Axis, label, ticks
 from workbench.figures.caches import held_and_read, read_shares
 from workbench.figures.claims import memory_meters
+from workbench.figures.marks import Picture, hatching
 from workbench.figures.memory import kv_growth
-from workbench.figures.picture import Picture, hatching, lines_of, picture
+from workbench.figures.picture import lines_of, picture
 from workbench.figures.predict import guess_and_result, with_guess
 from workbench.figures.query import query_strip
 from workbench.figures.timeline import overlap_timeline
 
+DAMAGED = {"data": [{"type": "bar", "x": {"bdata": "AAAA", "dtype": "O"}, "y": [1]}]}
 BLUE, ORANGE = "#0072b2", "#e69f00"
 
 
@@ -85,6 +87,16 @@ def test_an_arrow_points_away_from_where_it_came():
     assert all(x < tip[0] for x, _ in back)
 
 
+def test_the_pointer_tells_what_a_bar_is():
+    fig = go.Figure(go.Bar(x=["a", "b"], y=[3, 1234], name="bytes"))
+    fig.add_bar(x=["a"], y=[1], hovertext=["one &lt;b&gt;<br>two"], name="own")
+    svg = picture(fig).svg()
+    assert "<title>bytes: 3</title>" in svg and "<title>bytes: 1,234</title>" in svg
+    assert "<title>one &lt;b&gt;; two</title>" in svg
+    many = go.Figure(go.Bar(x=list(range(500)), y=[1] * 500, name="bytes"))
+    assert picture(many).svg().count("<title>") == 1  # that of the chart
+
+
 def test_text_is_escaped_and_markup_is_not_shown():
     fig = go.Figure(go.Bar(x=["&lt;script&gt;alert(1)&lt;/script&gt;"], y=[1], name="<b>bold</b>"))
     fig.update_layout(title_text="one<br>&lt;img src=x onerror=alert(1)&gt;", showlegend=True)
@@ -110,9 +122,9 @@ def test_json_of_a_figure_with_packed_arrays_gives_the_same_picture():
     assert picture(stored).svg() == picture(fig).svg()
 
 
-@pytest.mark.parametrize("chart", [go.Figure(go.Heatmap(z=[[1]])), "chart", {"data": 3}])
+@pytest.mark.parametrize("chart", [go.Figure(go.Heatmap(z=[[1]])), "chart", {"data": 3}, DAMAGED])
 def test_what_cannot_be_drawn_is_refused(chart):
-    with pytest.raises(InputError, match="still picture|plotly figure"):
+    with pytest.raises(InputError, match="still picture|plotly figure|could not be drawn .ValueError"):
         picture(chart)
 
 
@@ -163,6 +175,7 @@ def test_axes_of_a_group_have_the_same_ends():
         (2_000, {}, 1_000, "2000"),
         (3e9, {"exponentformat": "SI"}, 1e9, "3G"),
         (-0.5, {}, 0.5, "\u22120.5"),
+        (-50_000, {}, 10_000, "\u221250k"),
         (0, {}, 1, "0"),
     ],
 )

@@ -131,7 +131,7 @@ def label(value: Any, spec: Mapping[str, Any], step: float = 0.0) -> str:
     size = max(abs(value), step)
     for unit, letter in _SI:
         if size >= max(unit, 1e4 if unit == 1e3 and not spec.get("exponentformat") else unit):
-            return f"{value / unit:.4g}{letter}" if value else "0"
+            return f"{value / unit:.4g}{letter}".replace("-", "\u2212") if value else "0"
     return f"{value:.6g}".replace("-", "\u2212") if abs(value) >= 1e-4 or not value else f"{value:.1e}"
 
 

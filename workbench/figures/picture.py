@@ -10,8 +10,8 @@ import base64
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape, unescape
+from dataclasses import replace
+from html import unescape
 from textwrap import wrap
 from typing import Any, Literal
 
@@ -20,71 +20,17 @@ import plotly.graph_objects as go
 
 from workbench.errors import InputError
 from workbench.figures.axes import Axis, ticks
+from workbench.figures.marks import Box, Mark, Picture, Point, arrow, corners, hatching, polygon
 from workbench.figures.style import BLUE, GREEN, GREY, GRID, ORANGE, PINK, SKY, VERMILLION
 
-Point = tuple[float, float]
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 WIDTH = 760
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY, GREY)  # of traces that say none
 DASHES = {"dash": (9, 6), "dot": (2, 4), "dashdot": (9, 4, 2, 4), "longdash": (14, 6), "longdashdot": (14, 4, 2, 4)}
 DRAWN = ("bar", "scatter")
 LETTER = 0.56  # mean width of a letter, as a share of its size
 LEGEND_ROW = 19
+MOST_TIPS = 200  # of a trace
 _COLOUR = re.compile(r"#[0-9a-fA-F]{3,8}|rgba?\([\d.,% ]+\)|[a-z]{3,20}")
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """One thing to draw; ``clip`` is the number of the plot area it stays within, -1 for none."""
-
-    shape: Literal["line", "area", "dot", "text"]
-    points: tuple[Point, ...]
-    colour: str = GREY  # of the line, the area's ground, the dot or the letters
-    edge: str = ""  # colour of an outline
-    width: float = 1.0  # of a line or outline
-    dash: tuple[float, ...] = ()
-    opacity: float = 1.0
-    clip: int = -1
-    radius: float = 0.0
-    text: str = ""
-    size: float = 12.0
-    anchor: Literal["start", "middle", "end"] = "start"
-    angle: int = 0  # of letters, clockwise: 0 or -90
-    bold: bool = False
-
-
-@dataclass(slots=True)
-class Picture:
-    """What was drawn; ``svg()`` and ``png()`` write it. ``title`` is its text for those who do not see it."""
-
-    width: int
-    height: int
-    title: str
-    clips: list[Box] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
-
-    def svg(self) -> str:
-        """A whole SVG document without script, font or anything else from outside; all text is escaped."""
-        parts: list[str] = []
-        inside = -1
-        for mark in self.marks:
-            if mark.clip != inside:
-                parts.append("</svg>" if inside >= 0 else "")
-                parts.append(_opening(*self.clips[mark.clip]) if mark.clip >= 0 else "")
-                inside = mark.clip
-            parts.append(_svg(mark))
-        parts.append("</svg>" if inside >= 0 else "")
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
-            f'height="{self.height}" font-family="sans-serif" role="img"><title>{escape(self.title)}</title>'
-            f"{''.join(parts)}</svg>"
-        )
-
-    def png(self, scale: int = 2) -> bytes:
-        """On white, ``scale`` picture elements a pixel."""
-        from workbench.figures.raster import raster
-
-        return raster(self, scale)
 
 
 def picture(chart: go.Figure | Mapping[str, Any], width: int = WIDTH) -> Picture:
@@ -92,7 +38,12 @@ def picture(chart: go.Figure | Mapping[str, Any], width: int = WIDTH) -> Picture
     plain = chart.to_plotly_json() if isinstance(chart, go.Figure) else chart
     if not isinstance(plain, Mapping) or not isinstance(plain.get("data", ()), list | tuple):
         raise InputError(f"a chart is a plotly figure or its JSON, got {type(chart).__name__}")
-    return _Drawing(list(plain.get("data", ())), dict(plain.get("layout") or {}), width).picture
+    try:
+        return _Drawing(list(plain.get("data", ())), dict(plain.get("layout") or {}), width).picture
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign chart provokes
+        raise InputError(f"the chart could not be drawn ({type(error).__name__}: {str(error):.80})") from None
 
 
 def lines_of(text: Any) -> list[str]:
@@ -270,7 +221,7 @@ class _Drawing:
         look, clip = trace.get("marker") or {}, self._clip(x, y)
         edge, pattern = look.get("line") or {}, look.get("pattern") or {}
         opacity = float(trace.get("opacity") or 1) * float(look.get("opacity") or 1)
-        texts = values_of(trace.get("text"))
+        texts, tips = values_of(trace.get("text")), self._tips(trace, [end - start for _, _, start, end in self.bars[i] or ()])
         for n, (middle, width, start, end) in enumerate(self.bars[i] or ()):
             a, b = across.px(middle - width / 2), across.px(middle + width / 2)
             low = along.ends[0] if along.kind == "log" and start <= 0 else along.at(start)
@@ -279,8 +230,9 @@ class _Drawing:
                                                                                        max(low, high))  # fmt: skip
             outline = float(edge.get("width") or 0)
             self._add(
-                "area", _corners(box), colour=_item(values_of(look.get("color")), n) or default, opacity=opacity, clip=clip,
+                "area", corners(box), colour=_item(values_of(look.get("color")), n) or default, opacity=opacity, clip=clip,
                 edge=edge.get("color") if outline and isinstance(edge.get("color"), str) else None, width=outline,
+                tip=tips[n] if n < len(tips) else None,
             )  # fmt: skip
             for line in hatching(str(_item(values_of(pattern.get("shape")), n) or ""), box):
                 self._add("line", line, colour=pattern.get("fgcolor") or "#ffffff", width=1.2, clip=clip)
@@ -289,6 +241,15 @@ class _Drawing:
                 ink = (trace.get("insidetextfont") or {}).get("color") or "#ffffff" if inside else GREY
                 place = (box[2] - 5 if inside else box[2] + 5, (box[1] + box[3]) / 2 + 4)
                 self._add("text", (place,), text=text, colour=ink, anchor="end" if inside else "start")
+
+    def _tips(self, trace: Mapping[str, Any], values: Sequence[float]) -> list[str]:
+        """What the pointer tells of every bar or point: its own text, or name and number; nothing where there are too many."""
+        if len(values) > MOST_TIPS:
+            return []
+        own, name = values_of(trace.get("hovertext")), lines_of(trace.get("name"))[0]
+        if len(own) == len(values):
+            return ["; ".join(lines_of(text)) for text in own]
+        return [f"{name}: {value:,.4g}" if name else f"{value:,.4g}" for value in values]
 
     def _curve(self, trace: Mapping[str, Any]) -> list[tuple[float, float, float] | None]:
         """Points as (x, y, ground under it) along the axes, None for a gap; areas stand on those before them."""
@@ -333,7 +294,9 @@ class _Drawing:
             if "lines" in mode and width and len(path) > 1:
                 self._add("line", path, colour=colour, width=width, dash=DASHES.get(str(line.get("dash")), ()), clip=clip,
                           opacity=opacity)  # fmt: skip
-        texts = values_of(trace.get("text"))
+        texts, ys = values_of(trace.get("text")), values_of(trace.get("y"))
+        numbers = [v for v in ys if isinstance(v, int | float)]
+        tips = self._tips(trace, numbers) if len(numbers) == len(points) and trace.get("hoverinfo") != "skip" else []
         before: Point | None = None
         for n, point in enumerate(points):
             if point is None:
@@ -341,7 +304,10 @@ class _Drawing:
                 continue
             at = (x.px(point[0]), y.px(point[1]))
             if "markers" in mode:
+                first = len(self.picture.marks)
                 self._marker(at, before, look, n, colour, clip)
+                if tips and len(self.picture.marks) > first:
+                    self.picture.marks[first] = replace(self.picture.marks[first], tip=tips[n])
             if "text" in mode and texts:
                 right = "right" in str(trace.get("textposition", ""))
                 place = (at[0] + (6 if right else 0), at[1] + 4)
@@ -371,9 +337,9 @@ class _Drawing:
             for a, b in ((tilt, tilt), (-tilt, tilt)) if tilt else ((r, 0), (0, r)):
                 self._add("line", ((x - a, y - b), (x + a, y + b)), colour=colour, width=max(2.0, size / 3.5), clip=clip)
         elif symbol == "arrow" and before is not None:
-            self._add("area", _arrow(before, at, size), colour=colour, clip=clip)
+            self._add("area", arrow(before, at, size), colour=colour, clip=clip)
         elif symbol in ("square", "diamond", "star"):
-            self._add("area", _polygon(symbol, at, r), colour=colour, clip=clip, **outline)
+            self._add("area", polygon(symbol, at, r), colour=colour, clip=clip, **outline)
         else:
             self._add("dot", (at,), radius=r, colour=colour, clip=clip, **outline)
 
@@ -400,7 +366,7 @@ class _Drawing:
             line = shape.get("line") or {}
             if shape.get("type") == "rect":
                 box = (min(x), min(y), max(x), max(y))
-                self._add("area", _corners(box), colour=shape.get("fillcolor"), opacity=float(shape.get("opacity") or 1))
+                self._add("area", corners(box), colour=shape.get("fillcolor"), opacity=float(shape.get("opacity") or 1))
             else:
                 self._add("line", zip(x, y, strict=True), colour=line.get("color"), width=float(line.get("width") or 1),
                           dash=DASHES.get(str(line.get("dash")), ()))  # fmt: skip
@@ -454,7 +420,7 @@ class _Drawing:
                 colour = colour or line.get("color") or _item(values_of(look.get("color")), 0) or default
                 if filled:
                     box = (x, y - 6, x + 22, y + 6)
-                    self._add("area", _corners(box), colour=colour)
+                    self._add("area", corners(box), colour=colour)
                     shape = (look.get("pattern") or trace.get("fillpattern") or {}).get("shape")
                     for stroke in hatching(str(_item(values_of(shape), 0) or ""), box):
                         self._add("line", stroke, colour="#ffffff", width=1.2)
@@ -478,50 +444,6 @@ class _Drawing:
         size = float((spec.get("font") or {}).get("size") or 14)
         for n, text in enumerate(self.title):
             self._add("text", ((left, 22 + 17 * n),), text=text, size=size, colour=(spec.get("font") or {}).get("color"))
-
-
-# -- small geometry --------------------------------------------------------------------------------------------------------
-
-
-def hatching(shape: str, box: Box) -> list[tuple[Point, Point]]:
-    """Strokes of a pattern ("/", "x", "." or none) that lie within ``box``."""
-    x0, y0, x1, y1 = box
-    if not shape or x1 - x0 < 1 or y1 - y0 < 1:
-        return []
-    if shape == ".":
-        return [((x, y), (x + 1.5, y)) for x in np.arange(x0 + 2, x1 - 1, 5.0) for y in np.arange(y0 + 3, y1, 5.0)]
-    width, height = x1 - x0, y1 - y0
-    strokes: list[tuple[Point, Point]] = []
-    for offset in np.arange(4.0, width + height, 8.0):
-        rising = (
-            (x0 + max(0.0, offset - height), y0 + min(height, offset)),
-            (x0 + min(width, offset), y0 + max(0.0, offset - width)),
-        )
-        strokes.append(rising)
-        if shape == "x":
-            strokes.append(tuple((x0 + x1 - x, y) for x, y in rising))  # type: ignore[arg-type]
-    return strokes
-
-
-def _corners(box: Box) -> tuple[Point, ...]:
-    x0, y0, x1, y1 = box
-    return ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-
-
-def _polygon(symbol: str, at: Point, r: float) -> list[Point]:
-    x, y = at
-    if symbol == "square":
-        return list(_corners((x - r, y - r, x + r, y + r)))
-    count, start = (4, 0.0) if symbol == "diamond" else (10, -math.pi / 2)
-    turns = [start + 2 * math.pi * k / count for k in range(count)]
-    reach = [1.2 * r if symbol == "diamond" or k % 2 == 0 else 0.5 * r for k in range(count)]
-    return [(x + d * math.cos(t), y + d * math.sin(t)) for t, d in zip(turns, reach, strict=True)]
-
-
-def _arrow(before: Point, at: Point, size: float) -> list[Point]:
-    turn = math.atan2(at[1] - before[1], at[0] - before[0])
-    sides = [turn + math.pi - 0.4, turn + math.pi + 0.4]
-    return [at, *((at[0] + size * math.cos(t), at[1] + size * math.sin(t)) for t in sides)]
 
 
 def _runs(points: Sequence[Any]) -> list[list[Any]]:
@@ -550,31 +472,3 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return found if math.isfinite(found) else None
-
-
-def _opening(x0: float, y0: float, x1: float, y1: float) -> str:
-    """A drawing within the drawing cuts off what is outside, without an id that another picture of the page might have, too."""
-    width, height = max(0.0, x1 - x0), max(0.0, y1 - y0)
-    place = f'x="{x0:.1f}" y="{y0:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    return f'<svg {place} viewBox="{x0:.1f} {y0:.1f} {width:.1f} {height:.1f}">'
-
-
-def _svg(mark: Mark) -> str:
-    see = f' opacity="{mark.opacity:g}"' if mark.opacity != 1 else ""
-    if mark.shape == "text":
-        x, y = mark.points[0]
-        turned = f' transform="rotate({mark.angle} {x:.1f} {y:.1f})"' if mark.angle else ""
-        weight = ' font-weight="bold"' if mark.bold else ""
-        return (
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{mark.size:g}" fill="{mark.colour}" text-anchor="{mark.anchor}"'
-            f"{turned}{weight}{see}>{escape(mark.text)}</text>"
-        )
-    edge = f' stroke="{mark.edge}" stroke-width="{mark.width:g}"' if mark.edge else ""
-    if mark.shape == "dot":
-        x, y = mark.points[0]
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{mark.radius:g}" fill="{mark.colour}"{edge}{see}/>'
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in mark.points)
-    if mark.shape == "area":
-        return f'<polygon points="{path}" fill="{mark.colour}"{edge}{see}/>'
-    dash = f' stroke-dasharray="{" ".join(f"{d:g}" for d in mark.dash)}"' if mark.dash else ""
-    return f'<polyline points="{path}" fill="none" stroke="{mark.colour}" stroke-width="{mark.width:g}"{dash}{see}/>'

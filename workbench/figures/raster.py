@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from workbench.figures.picture import Mark, Picture
+    from workbench.figures.marks import Mark, Picture
 
 SMOOTH = 2  # drawn larger by this and then scaled down, which smooths edges
 
