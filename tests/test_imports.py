@@ -35,6 +35,7 @@ ALLOWED = {
     "exercises": {"numpy"},
     "glossary": set(),
     "caches": CORE,  # torch only where a model is fed
+    "frontier": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -43,7 +44,7 @@ ALLOWED = {
     "live": CORE,
     "needle": CORE,
     "true_size": CORE,
-    "training": CORE,
+    "training": CORE | {"dask", "distributed"},  # these two only inside training.sweep.sweep
     "figures": {"numpy", "plotly", "PIL"},
     "widgets": {"numpy", "plotly", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython"},
     "cli": {"jupyterlab"},
@@ -55,12 +56,12 @@ NEVER_LOADED = {
             *("", "errors", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims"),
-            *("exercises", "glossary", "caches"),
+            *("exercises", "glossary", "caches", "frontier"),
         ),
         {"torch", "plotly"},
     ),
     **dict.fromkeys(
-        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets"}
+        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets", "distributed"}
     ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }
