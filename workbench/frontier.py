@@ -196,14 +196,20 @@ def grid(size: str = "small", seeds: int = 1, steps: int = STEPS) -> list[Varian
 
 
 SMALL = (
-    *(Variant(ratio=ratio, topk=topk) for topk in (4, 1) for ratio in (4, 8, 16)),
+    Variant(),
+    Variant(ratio=8),
+    Variant(ratio=16),
+    Variant(topk=1),
     Variant(hca_share=1.0),
-    *(Variant(ratio=ratio, hca_share=0.5) for ratio in (4, 8)),
+    Variant(hca_share=0.5),
     Variant(engram=True),
-    Variant(ratio=16, engram=True),
-    Variant(hca_share=1.0, engram=True),
+    Variant(ratio=8, topk=1),
     Variant(ratio=2),
+    Variant(ratio=8, hca_share=0.5),
+    Variant(hca_share=1.0, engram=True),
     Variant(topk=16),
+    Variant(ratio=16, engram=True),
+    Variant(ratio=16, topk=1),
 )
 
 

@@ -96,7 +96,7 @@ def _sequence(rng: np.random.Generator, length: int, following: np.ndarray) -> t
         record[2] = at + 2
     known_pair = np.append(False, text[:-1]) & text  # two filler symbols in a row, on which the next depends
     text_pairs = np.append(known_pair[:-1] & text[1:], False)
-    read[length - 1 :] = False
+    read[length - 1 :] = text_pairs[length - 1 :] = False  # nothing comes after the last symbol
     return ids[:length], text_pairs[:length], read[:length], np.where(read, twin, -1)[:length]
 
 

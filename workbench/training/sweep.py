@@ -55,7 +55,7 @@ def recipe_of(variant: Variant) -> Recipe:
         once_share=0.0,
         short_share=0.0,
         index_topk=variant.topk,
-        warmup_steps=min(20, variant.steps),
+        warmup_steps=min(20, max(1, variant.steps // 5)),
     )
 
 
@@ -186,7 +186,7 @@ def _cluster(scheduler: str | None, workers: int, timeout_s: float) -> Iterator[
     with dask.config.set({"distributed.comm.timeouts.connect": f"{timeout_s} s", "distributed.scheduler.worker-saturation": 1.0}):
         if scheduler is None:
             cluster = LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0",
                 silence_logs=50, local_directory=tempfile.gettempdir(),
             )  # fmt: skip
             with cluster, Client(cluster) as client:
