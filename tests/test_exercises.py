@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,6 +50,16 @@ CASES = {
         203 / 510,
         {203 / 307: "by what stays", 510 / 307: "whole over", 0.602: "all the rest", 39.8: "percentage"},
     ),
+    "twice the ratio": (
+        # 21 CSA layers of L / 4 entries with keys, 20 HCA layers of L / 128, 43 windows, CSA's overlap of FP32 rows
+        (21 * 2**17 * 652 + 20 * 2**13 * 584 + 43 * 128 * 584 + 860_160)
+        / (21 * 2**18 * 652 + 20 * 2**13 * 584 + 43 * 128 * 584 + 430_080),
+        {0.5: "only CSA layers", 0.6097: "what is held", 0.5643: "fewer keys", 0.9494: "keys alone", 0.486: "all the rest"},
+    ),
+    "twice the top-k": (
+        21 * 512 * 584,
+        {512 * 584: "one layer", 43 * 512 * 584: "HCA layers read all", 21 * 512 * 652: "read anyway", 42 * 512 * 584: "how much more"},
+    ),
 }
 
 
@@ -58,7 +69,7 @@ def numbers(text: str) -> list[float]:
 
 def test_every_exercise_is_tried_here_with_at_least_three_wrong_answers():
     assert set(CASES) == set(EXERCISES) and len(CASES) >= 8
-    assert {exercise.notebook for exercise in EXERCISES.values()} == {0, 1, 4, 10}
+    assert {exercise.notebook for exercise in EXERCISES.values()} == {0, 1, 4, 10, 11}
     assert all(len(wrong) >= 3 for _, wrong in CASES.values())
 
 
@@ -154,6 +165,8 @@ SOLUTIONS = {
     "first to see an entry": "10 * 4 - 1",
     "bytes at a block's end": 'kinds.count("csa") * (584 + 68) + kinds.count("hca") * 584',
     "bytes of all windows": 'wb.kv_bytes("v4-flash", 32_768)["window"]',
+    "twice the ratio": 'wb.kv_bytes(replace(flash, csa_ratio=8), 2**20)["total"] / wb.kv_bytes(flash, 2**20)["total"]',
+    "twice the top-k": 'flash.layer_kinds.count("csa") * 512 * 584',
 }
 
 
@@ -163,4 +176,5 @@ def test_the_folded_solution_of_a_notebook_is_right(name):
     cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
     assert f'wb.check("{name}", ...)' in cells and f"`{SOLUTIONS[name]}`" in cells[-1] and "<details>" in cells[-1]
     known = {"wb": wb, "read": wb.decode_bytes("v4-pro", 2**20), "kinds": wb.presets["v4-flash"].layer_kinds}
+    known |= {"flash": wb.presets["v4-flash"].config, "replace": replace}
     assert check(name, eval(SOLUTIONS[name], known))  # our own text, a few lines up

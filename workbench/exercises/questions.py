@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workbench import cost
 from workbench.config import DenseConfig, HybridConfig
+from workbench.exercises import frontier
 from workbench.exercises.record import Exercise, Mistake
 from workbench.presets import presets
 from workbench.trace import OVERLAPPING, Trace
@@ -364,5 +365,6 @@ EXERCISES: dict[str, Exercise] = {
             mistakes=_outside_mistakes,
             general="Divide the bytes of the tables by the bytes of all weights.",
         ),
+        *frontier.EXERCISES,
     )
 }
