@@ -44,7 +44,7 @@ check-all: lint
 	$(BIN)/python -m workbench bench --all
 
 env:
-	@$(call install,runtime,.)
+	@$(call install,runtime,.[sweep])
 
 env-test: env
 	@$(call install,test,.[test])

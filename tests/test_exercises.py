@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -53,6 +54,21 @@ CASES = {
     **choosing_cases.CASES,
     **cases_fitting.CASES,
     **mechanism_exercises.CASES,
+    "twice the ratio": (
+        # 21 CSA layers of L / 4 entries with keys, 20 HCA layers of L / 128, 43 windows, CSA's overlap of FP32 rows
+        (21 * 2**17 * 652 + 20 * 2**13 * 584 + 43 * 128 * 584 + 860_160)
+        / (21 * 2**18 * 652 + 20 * 2**13 * 584 + 43 * 128 * 584 + 430_080),
+        {0.5: "only CSA layers", 0.6097: "what is held", 0.5643: "fewer keys", 0.9494: "keys alone", 0.486: "all the rest"},
+    ),
+    "twice the top-k": (
+        21 * 512 * 584,
+        {
+            512 * 584: "one layer",
+            43 * 512 * 584: "HCA layers read all",
+            21 * 512 * 652: "read anyway",
+            42 * 512 * 584: "how much more",
+        },
+    ),
 }
 
 
@@ -166,6 +182,8 @@ SOLUTIONS = {
     **mechanism_exercises.SOLUTIONS,
     "ninety percent outside": "9 * weights.device_bytes / 1e9",
     "share outside": "weights.host_bytes / (weights.host_bytes + weights.device_bytes)",
+    "twice the ratio": 'wb.kv_bytes(replace(flash, csa_ratio=8), 2**20)["total"] / wb.kv_bytes(flash, 2**20)["total"]',
+    "twice the top-k": 'flash.layer_kinds.count("csa") * 512 * 584',
 }
 
 
@@ -181,5 +199,7 @@ def test_the_folded_solution_of_a_notebook_is_right(name):
         "config": wb.presets["v4.1-flash"].config,
         "weights": wb.presets["v4.1-flash"].weights,
         "trace": wb.Trace.load("needle"),
+        "flash": wb.presets["v4-flash"].config,
+        "replace": replace,
     }
     assert check(name, eval(SOLUTIONS[name], known))  # our own text, a few lines up

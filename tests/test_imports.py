@@ -44,6 +44,7 @@ ALLOWED = {
     "compressing": CORE,
     "mixing": CORE,  # torch only where a model runs
     "rounding": CORE,  # likewise
+    "frontier": set(),
     "runtime": {"torch"},
     "model": CORE,
     "checkpoint": CORE,
@@ -53,7 +54,7 @@ ALLOWED = {
     "live": CORE,
     "needle": CORE,
     "true_size": CORE,
-    "training": CORE,
+    "training": CORE | {"dask", "distributed"},  # these two only inside training.sweep.sweep
     "figures": {"numpy", "plotly", "PIL"},
     "widgets": {"numpy", "plotly", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython"},
     "frontend": {"jupyter_core", "jupyter_client"},  # only when asked what is there
@@ -66,14 +67,14 @@ NEVER_LOADED = {
         (
             *("", "errors", "transcript", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
-            *("measurements", "progress", "runtime", "cli", "engram", "claims", "export"),
+            *("measurements", "progress", "runtime", "cli", "engram", "claims", "export", "frontier"),
             *("exercises", "glossary", "caches", "captures", "frontend", "agent", "sharing", "mixing", "rounding"),
         ),
         {"torch", "plotly"},
     ),
     **dict.fromkeys(
         ("model", "checkpoint", "memory", "recorder", "attached", "live", "training", "true_size", "prefills"),
-        {"plotly", "PIL", "ipywidgets"},
+        {"plotly", "PIL", "ipywidgets", "distributed"},
     ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }

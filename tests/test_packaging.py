@@ -31,13 +31,14 @@ def test_conda_gets_the_same_packages_within_the_same_bounds():
     found = dict(
         split(line[4:]) for line in lines[lines.index("dependencies:") :] if line.startswith("  - ") and line[-1] != ":"
     )
-    expected = {NAME_ON_CONDA.get(name, name): bounds for name, bounds in map(split, PROJECT["project"]["dependencies"])}
+    wanted = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["sweep"]
+    expected = {NAME_ON_CONDA.get(name, name): bounds for name, bounds in map(split, wanted)}
     assert found == expected | {"python": frozenset({PROJECT["project"]["requires-python"]}), "pip": frozenset()}
     assert lines[-1].strip() == "- -e ."  # and then the workbench itself
 
 
 def test_every_requirement_has_bounds_on_both_sides():
-    for requirement in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["test"]:
+    for requirement in sum(PROJECT["project"]["optional-dependencies"].values(), PROJECT["project"]["dependencies"]):
         name, bounds = split(requirement)
         assert {bound[0] for bound in bounds} in ({">", "<"}, {"="}), name
 
@@ -112,7 +113,7 @@ def installed(project: Path) -> list[str]:
 
 def test_make_installs_once_and_again_only_after_a_change(project):
     assert make(project, "env").returncode == 0
-    assert installed(project) == ["torch==2.13.0", "-e ."]
+    assert installed(project) == ["torch==2.13.0", "-e .[sweep]"]
     assert make(project, "env").returncode == 0
     assert installed(project) == []
     assert make(project, "env-test").returncode == 0
@@ -123,12 +124,12 @@ def test_make_installs_once_and_again_only_after_a_change(project):
     with (project / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert make(project, "env-test").returncode == 0
-    assert installed(project) == ["-e .", "-e .[test]", ORACLE]
+    assert installed(project) == ["-e .[sweep]", "-e .[test]", ORACLE]
 
 
 def test_the_lab_needs_no_test_packages_and_another_torch_can_be_named(project):
     assert make(project, "lab", "TORCH=torch==2.13.0 --index-url https://example.org/cpu").returncode == 0
-    assert installed(project) == ["torch==2.13.0 --index-url https://example.org/cpu", "-e ."]
+    assert installed(project) == ["torch==2.13.0 --index-url https://example.org/cpu", "-e .[sweep]"]
 
 
 def test_a_failed_installation_is_taken_up_again(project):
@@ -137,7 +138,7 @@ def test_a_failed_installation_is_taken_up_again(project):
     (project / "no-network").unlink()
     installed(project)
     assert make(project, "env").returncode == 0
-    assert installed(project) == ["-e ."]  # torch had been written down as installed
+    assert installed(project) == ["-e .[sweep]"]  # torch had been written down as installed
 
 
 def test_a_copied_checkout_installs_itself(project, tmp_path_factory):
@@ -146,7 +147,7 @@ def test_a_copied_checkout_installs_itself(project, tmp_path_factory):
     shutil.copytree(project, copy)
     installed(copy)
     assert make(copy, "env").returncode == 0
-    assert installed(copy) == ["-e ."]
+    assert installed(copy) == ["-e .[sweep]"]
 
 
 def test_an_unsuitable_python_is_refused_in_one_line(project):

@@ -106,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--fresh", action="store_true", help="start again, forgetting an earlier training in FOLDER")
     train.set_defaults(command=_train, fresh=False)
 
+    sweep = commands.add_parser("sweep", help="train a grid of small variants: quality against KV bytes held and read")
+    sweep.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where points are written, one file each")
+    sweep.add_argument("--grid", choices=("small", "full"), default="small", help="which variants (default %(default)s)")
+    sweep.add_argument("--seeds", type=int, default=1, metavar="N", help="times each variant is trained (default %(default)s)")
+    sweep.add_argument("--steps", type=int, metavar="N", help="optimiser steps of a point (default: the light recipe's)")
+    sweep.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask scheduler you trust (default: a local cluster)")
+    sweep.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes of the local cluster (default %(default)s)"
+    )
+    sweep.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads of a worker (default %(default)s)")
+    sweep.set_defaults(command=_sweep)
+
     bench = commands.add_parser("bench", help="measure something on this machine; without a name, list what can be measured")
     bench.add_argument("name", nargs="?", metavar="NAME", help="what follows the name is passed on; `bench NAME --help`")
     bench.add_argument("--all", action="store_true", help="run every benchmark in turn")
@@ -250,6 +262,37 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    """Train what is missing, print a line for each point of the frontier; status 2 if a point failed."""
+    from workbench import frontier
+    from workbench.training.sweep import sweep
+
+    steps = frontier.STEPS if options.steps is None else options.steps
+    variants = frontier.grid(options.grid, options.seeds, steps)
+    bar = Progress()
+    where = {"scheduler": options.scheduler, "workers": options.workers, "threads": options.threads}
+    try:
+        found = sweep(variants, options.out, **where, progress=(lambda text, part: bar.show(part, text)))
+    except KeyboardInterrupt:
+        bar.clear()
+        print(f"workbench: {options.out} keeps the finished points; the same line makes the others", file=sys.stderr)
+        raise
+    finally:
+        bar.clear()
+    for text in found.broken:
+        print(f"workbench: {text}; it was made anew", file=sys.stderr)
+    points = [frontier.read_point(options.out / f"{name}.json") for name in found.kept + found.made]
+    print("\n".join(frontier.table_lines(points)))
+    print(f"points: {options.out} ({len(found.made)} made, {len(found.kept)} were there)")
+    if found.failed:
+        name, reason = next(iter(found.failed.items()))
+        raise WorkbenchError(
+            f"{len(found.failed)} of {len(variants)} points failed, {name} first: {reason}; finished points were kept, the "
+            "same line makes the others"
+        )
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     """Run ``main()`` of benchmarks/NAME.py, given the arguments after the name if it takes any, or list the names."""
     root = _checkout("benchmarks")
@@ -326,11 +369,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _check_packages() -> list[tuple[str, str]]:
     lines = []
-    for name, (bounds, for_tests) in runtime.requirements().items():
+    purposes = {"test": " (for the tests)", "sweep": " (for `workbench sweep`)"}
+    for name, (bounds, extra) in runtime.requirements().items():
         version = runtime.installed_version(name)
         if version is None:
-            level, extra = ("warning", '".[test]"') if for_tests else ("MISSING", ".")
-            lines.append((level, f"{name} is not installed: pip install -e {extra}{' (for the tests)' if for_tests else ''}"))
+            level, what = ("warning", f'".[{extra}]"') if extra else ("MISSING", ".")
+            lines.append((level, f"{name} is not installed: pip install -e {what}{purposes.get(extra, '')}"))
         elif not runtime.within(version, bounds):
             lines.append(("warning", f'{name} {version} is outside {bounds}: pip install "{name}{bounds}"'))
         else:

@@ -186,20 +186,22 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def requirements() -> dict[str, tuple[str, bool]]:
-    """Package -> (version bounds, needed by tests only), as this workbench declares them."""
+def requirements() -> dict[str, tuple[str, str]]:
+    """Package -> (version bounds, the extra that wants it or ""), as this workbench declares them."""
     try:
         lines = metadata.requires("deepseek-v4-workbench") or []
     except metadata.PackageNotFoundError:  # run from a checkout that was not installed
         import tomllib
 
         project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        lines = project["dependencies"] + [f"{line}; extra" for line in project["optional-dependencies"]["test"]]
+        extras = project["optional-dependencies"].items()
+        lines = project["dependencies"] + [f'{line}; extra == "{extra}"' for extra, own in extras for line in own]
     found = {}
     for line in lines:
         requirement, _, marker = line.partition(";")
         name, bounds = re.fullmatch(r"([\w.-]+)\s*(.*?)\s*", requirement).groups()  # type: ignore[union-attr]
-        found[name] = (bounds, "extra" in marker)
+        extra = re.search(r"extra == [\"'](\w+)", marker)
+        found[name] = (bounds, extra[1] if extra else "")
     return found
 
 

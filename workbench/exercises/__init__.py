@@ -1,6 +1,6 @@
 """Exercises of the notebooks, with a hint for each typical mistake and never the answer.
 
-`questions` has them all, `record` says what one is, `verdict` compares an answer.
+`questions` has them all (those on the frontier come from `frontier`), `record` says what one is, `verdict` compares an answer.
 """
 
 from workbench.exercises.questions import EXERCISES as EXERCISES

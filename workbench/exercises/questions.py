@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workbench import cost
 from workbench.config import DenseConfig, HybridConfig
-from workbench.exercises import choosing, fitting, mechanisms
+from workbench.exercises import choosing, fitting, frontier, mechanisms
 from workbench.exercises.record import Exercise, Mistake
 from workbench.presets import presets
 from workbench.trace import OVERLAPPING, Trace
@@ -368,5 +368,6 @@ EXERCISES: dict[str, Exercise] = {
             general="Divide the bytes of the tables by the bytes of all weights.",
         ),
         *mechanisms.EXERCISES,
+        *frontier.EXERCISES,
     )
 }
