@@ -130,14 +130,15 @@ def test_the_explorer_shows_a_capture_honestly(trace, number):
         widget.map._handle_custom_msg({"type": "hover", "row": i, "column": j}, [])
         assert said in widget.readout.value and "probability" not in widget.readout.value
     if layer.ratio > 1:
-        assert all(text.startswith("entry") for _, text in widget.map.column_labels)
-        assert not any(text.startswith("entry") for _, text in widget.map.row_labels)
+        assert [text for _, text in widget.map.column_labels][-1] == "23" and "compressed entry" in widget.map.column_title
+        assert int(widget.map.row_labels[-1][1]) > layer.entries
+        assert dict(widget.view.options) == {"compressed entries": "entries", "on one token axis": "composite"}
         widget.view.value = "composite"
         widget.map._handle_custom_msg({"type": "hover", "row": t, "column": kept * layer.ratio}, [])
         assert f"compressed entry {kept}," in widget.readout.value
         widget.map._handle_custom_msg({"type": "hover", "row": 96, "column": 96}, [])
         assert "not complete yet" in widget.readout.value
-        widget.view.value = "window"
+        widget.view.value = "entries"
         assert widget.tile.column_range == (0, layer.entries)
     widget.zoom_buttons[0].click()
     assert len(range(*widget.tile.row_range)) < layer.length

@@ -171,6 +171,8 @@ class AttentionExplorer(ipw.VBox):
             self._redraw()
 
     def _on_view(self, change: Any) -> None:
+        if self._syncing == threading.get_ident():
+            return
         with self.session.lock:
             self._zoom = self._at = None
         self._redraw()
@@ -267,6 +269,13 @@ class AttentionExplorer(ipw.VBox):
                     menu.options = options
                 menu.value = value
             self.view.disabled = record.of_tokens  # there is one axis only
+            views = {
+                name: view for name, view in VIEWS.items() if not record.selection_only or view in ("entries", "composite")
+            }
+            if dict(self.view.options) != views:  # a capture has no window
+                kept = self.view.value if self.view.value in views.values() else "entries"
+                self.view.options = views
+                self.view.value = kept
             self.token.max = trace.length - 1
             self.token.value = token
         finally:
@@ -396,8 +405,8 @@ def axis_labels(trace: Trace, tile: Tile, height: int, width: int) -> tuple[list
     """
 
     def name(column: int, with_text: bool, length: int) -> str:
-        if column >= length:
-            return f"entry {column - length}"
+        if column >= length:  # where all columns are entries the title says so
+            return f"entry {column - length}" if length else str(column)
         return f"{column} {style.visible_text(trace.token_texts[column], 10)}" if with_text else str(column)
 
     sides = []
