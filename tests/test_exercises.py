@@ -58,7 +58,12 @@ CASES = {
     ),
     "twice the top-k": (
         21 * 512 * 584,
-        {512 * 584: "one layer", 43 * 512 * 584: "HCA layers read all", 21 * 512 * 652: "read anyway", 42 * 512 * 584: "how much more"},
+        {
+            512 * 584: "one layer",
+            43 * 512 * 584: "HCA layers read all",
+            21 * 512 * 652: "read anyway",
+            42 * 512 * 584: "how much more",
+        },
     ),
 }
 

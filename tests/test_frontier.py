@@ -8,8 +8,19 @@ import pytest
 import workbench as wb
 from workbench.errors import InputError
 from workbench.frontier import (
-    SCORED_LENGTH, SHIPPED, Point, Variant, by_shape, frontier_points, grid, pareto, read_point, read_points, table_lines, write_point,
-)  # fmt: skip
+    SCORED_LENGTH,
+    SHIPPED,
+    Point,
+    Variant,
+    by_shape,
+    frontier_points,
+    grid,
+    pareto,
+    read_point,
+    read_points,
+    table_lines,
+    write_point,
+)
 from workbench.training import light
 
 SCORES = {"recall": 0.5, "chance": 1 / 32, "questions": 100, "beyond": 32, "length": SCORED_LENGTH, "text_loss": 1.5}
@@ -62,7 +73,8 @@ def test_bytes_follow_from_the_variant_as_hand_counted():
     length, entries = 1024, 1024 // 4
     parts = wb.kv_bytes(point(ratio=4).config, length, "bf16")
     assert parts["window"] == 2 * 16 * 64 * 2 and parts["compressed"] == 2 * entries * 64 * 2
-    assert parts["index"] == 2 * entries * 32 * 2 and point(ratio=4).held(length) == sum(v for k, v in parts.items() if k != "total")
+    assert parts["index"] == 2 * entries * 32 * 2
+    assert point(ratio=4).held(length) == sum(nbytes for part, nbytes in parts.items() if part != "total")
     assert point(ratio=8).held(65536) < 0.6 * point(ratio=4).held(65536)
     assert point(topk=16).held() == point(topk=1).held()  # top-k changes what is read alone
     more = wb.decode_bytes(point(topk=16).config, length, "bf16")["compressed"]

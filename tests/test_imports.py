@@ -61,7 +61,8 @@ NEVER_LOADED = {
         {"torch", "plotly"},
     ),
     **dict.fromkeys(
-        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"), {"plotly", "PIL", "ipywidgets", "distributed"}
+        ("model", "checkpoint", "memory", "recorder", "live", "training", "true_size"),
+        {"plotly", "PIL", "ipywidgets", "distributed"},
     ),
     **dict.fromkeys(("figures", "widgets"), {"torch"}),
 }

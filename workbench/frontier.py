@@ -79,9 +79,7 @@ class Variant:
         return ", ".join(parts + (["Engram"] if self.engram else []))
 
     def config(self) -> HybridConfig:
-        return light.config(
-            self.kinds, csa_ratio=self.ratio, hca_ratio=HCA_RATIO, topk=self.topk, engram=self.engram
-        )
+        return light.config(self.kinds, csa_ratio=self.ratio, hca_ratio=HCA_RATIO, topk=self.topk, engram=self.engram)
 
     @classmethod
     def from_dict(cls, stored: Any) -> Variant:

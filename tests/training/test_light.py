@@ -48,6 +48,6 @@ def test_the_best_loss_is_that_of_the_rule_itself():
 def test_a_batch_follows_from_its_generator_alone_and_fits_the_model():
     one, other = (light.batch(np.random.default_rng(7), 3, 100) for _ in range(2))
     assert (one.ids == other.ids).all() and one.ids.shape == (3, 100)
-    assert 0 <= one.ids.min() and one.ids.max() < light.VOCAB
+    assert one.ids.min() >= 0 and one.ids.max() < light.VOCAB
     assert not (light.batch(np.random.default_rng(8), 3, 100).ids == one.ids).all()
     assert not one.read_mask[:, -1].any() and not one.text_mask[:, -1].any()  # nothing comes after the last

@@ -33,9 +33,9 @@ def frontier_chart(
 ) -> go.Figure:
     """Two panels, bytes held and bytes read, on one quality; a marker is a variant, its bar the spread over seeds.
 
-    Bytes are the formula's for ``length`` symbols in ``storage``; quality is what was measured. ``own`` names points drawn as the
-    reader's. The line is the front: no variant on its left is as good. InputError without points, for an unknown quality, and
-    for points that were not scored alike.
+    Bytes are the formula's for ``length`` symbols in ``storage``; quality is what was measured. ``own`` names points drawn as
+    the reader's. The line is the front: no variant on its left is as good. InputError without points, for an unknown quality,
+    and for points that were not scored alike.
     """
     if not points:
         raise InputError("there are no points to draw; see wb.frontier_points")
