@@ -20,7 +20,7 @@ from workbench.frontier import (
     read_points,
     table_lines,
     write_point,
-)  # fmt: skip
+)
 from workbench.training import light
 
 SCORES = {"recall": 0.5, "chance": 1 / 32, "questions": 100, "beyond": 32, "length": SCORED_LENGTH, "text_loss": 1.5}
@@ -73,9 +73,8 @@ def test_bytes_follow_from_the_variant_as_hand_counted():
     length, entries = 1024, 1024 // 4
     parts = wb.kv_bytes(point(ratio=4).config, length, "bf16")
     assert parts["window"] == 2 * 16 * 64 * 2 and parts["compressed"] == 2 * entries * 64 * 2
-    assert parts["index"] == 2 * entries * 32 * 2 and point(ratio=4).held(length) == sum(
-        v for k, v in parts.items() if k != "total"
-    )
+    assert parts["index"] == 2 * entries * 32 * 2
+    assert point(ratio=4).held(length) == sum(nbytes for part, nbytes in parts.items() if part != "total")
     assert point(ratio=8).held(65536) < 0.6 * point(ratio=4).held(65536)
     assert point(topk=16).held() == point(topk=1).held()  # top-k changes what is read alone
     more = wb.decode_bytes(point(topk=16).config, length, "bf16")["compressed"]
@@ -152,7 +151,7 @@ def test_seeds_of_a_shape_are_put_together_and_lines_name_every_point():
 
 def test_the_points_that_ship_are_whole_and_say_what_was_measured():
     points = wb.frontier_points()
-    assert len(points) >= 12 and len({p.variant.shape for p in points}) >= 10
+    assert len(points) >= 6 and len({p.variant.shape for p in points}) >= 6
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 100_000
     for p in points:
         assert p.scores["questions"] > 500 and p.scores["chance"] == 1 / light.VALUES and p.scores["length"] == SCORED_LENGTH

@@ -112,9 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--seeds", type=int, default=1, metavar="N", help="times each variant is trained (default %(default)s)")
     sweep.add_argument("--steps", type=int, metavar="N", help="optimiser steps of a point (default: the light recipe's)")
     sweep.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask scheduler you trust (default: a local cluster)")
-    sweep.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="processes of the local cluster (default %(default)s)"
-    )
+    sweep.add_argument("--workers", type=int, default=2, metavar="N", help="processes on this machine (default %(default)s)")
     sweep.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads of a worker (default %(default)s)")
     sweep.set_defaults(command=_sweep)
 

@@ -1,4 +1,4 @@
-"""Sweeps of a few steps: a point learns and repeats, finished points stay, a lost worker costs its own point, bad input is one error."""
+"""Sweeps of a few steps: points learn and repeat, finished ones stay, a lost worker costs its own, bad input is one error."""
 
 from __future__ import annotations
 
@@ -225,11 +225,9 @@ def test_the_command_prints_points_and_says_what_failed(capsys, tmp_path, monkey
     assert "1 of 2 points failed, hca100-2steps-seed1 first: it broke" in said.err and "x.json is no point" in said.err
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"), [(["--seeds", "0"], "seeds"), (["--steps", "0"], "steps"), (["--grid", "big"], "grid")]
-)
+@pytest.mark.parametrize(("flags", "said"), [("--seeds 0", "seeds"), ("--steps 0", "steps"), ("--grid big", "grid")])
 def test_the_command_refuses_bad_numbers_in_one_line(capsys, tmp_path, flags, said):
-    assert cli.main(["sweep", "--out", str(tmp_path), *flags]) == 2
+    assert cli.main(["sweep", "--out", str(tmp_path), *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from statistics import mean
 from typing import Any, Literal
@@ -33,9 +34,9 @@ def frontier_chart(
 ) -> go.Figure:
     """Two panels, bytes held and bytes read, on one quality; a marker is a variant, its bar the spread over seeds.
 
-    Bytes are the formula's for ``length`` symbols in ``storage``; quality is what was measured. ``own`` names points drawn as the
-    reader's. The line is the front: no variant on its left is as good. InputError without points, for an unknown quality, and
-    for points that were not scored alike.
+    Bytes are the formula's for ``length`` symbols in ``storage``; quality is what was measured. ``own`` names points drawn as
+    the reader's. The line is the front: no variant on its left is as good. InputError without points, for an unknown quality,
+    and for points that were not scored alike.
     """
     if not points:
         raise InputError("there are no points to draw; see wb.frontier_points")
@@ -70,13 +71,14 @@ def frontier_chart(
                 row=1,
                 col=column,
             )
-        fig.update_xaxes(title=axis, row=1, col=column)
+        ticks = _ticks([place["x"] for place in places])
+        fig.update_xaxes(title=axis, tickvals=ticks, ticktext=[size(tick) for tick in ticks], row=1, col=column)
     for name, symbol in (("half HCA", "diamond"), ("HCA only", "square"), ("hollow: Engram", "circle-open")):
         marker = {"symbol": symbol, "color": GREY, "size": 11, "line": {"width": 2, "color": GREY}}
         fig.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker, hoverinfo="skip")
     _floor(fig, points[0], quality)
     styled(fig, _title(points, quality, length, storage), height=520)
-    fig.update_xaxes(type="log", exponentformat="SI", ticksuffix="B", minor_showgrid=False, dtick="D2")
+    fig.update_xaxes(type="log")
     fig.update_yaxes(title=QUALITIES[quality][1], row=1, col=1)
     if quality == "text":
         fig.update_yaxes(autorange="reversed")
@@ -146,6 +148,12 @@ def _markers(groups: list[list[Point]], places: list[dict[str, Any]], name: str,
         "hovertext": [place["text"] for place in places],
         "hovertemplate": "%{hovertext}<extra></extra>",
     }
+
+
+def _ticks(values: Sequence[float]) -> list[int]:
+    """1, 2 and 5 times powers of ten from a little below the least to a little above the most."""
+    powers = range(int(math.log10(min(values))), int(math.log10(max(values))) + 2)
+    return [m * 10**p for p in powers for m in (1, 2, 5) if min(values) / 2 <= m * 10**p <= 2 * max(values)]
 
 
 def _floor(fig: go.Figure, point: Point, quality: Quality) -> None:

@@ -1,7 +1,7 @@
-"""The light recipe: a model of some 200,000 weights that a minute or two of one core teaches to recall, on made-up text.
+"""The light recipe: a model of under 200,000 weights that a minute or two of one core teaches to recall, on made-up text.
 
-The text is symbols, not words, so nothing is read or tokenised first: *records* "! key value", *questions* "? key value" whose value
-must be recalled, and between them filler, in which two symbols in a row nearly always decide the third, so that there is
+The text is symbols, not words, so nothing is read or tokenised first: *records* "! key value", *questions* "? key value" whose
+value must be recalled, and between them filler, in which two symbols in a row nearly always decide the third, so that there is
 something for an n-gram memory to know. (reference/tiny-model.md, sections 2 and 9: the recall stream and the fast variant)
 """
 

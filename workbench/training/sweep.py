@@ -183,9 +183,8 @@ def _cluster(scheduler: str | None, workers: int, timeout_s: float) -> Iterator[
         from distributed import Client, LocalCluster
     except ImportError:
         raise WorkbenchError('a sweep needs Dask: pip install -e ".[sweep]"') from None
-    with dask.config.set(
-        {"distributed.comm.timeouts.connect": f"{timeout_s} s", "distributed.scheduler.worker-saturation": 1.0}
-    ):
+    one_each = {"distributed.scheduler.worker-saturation": 1.0}  # a worker holds the point it is at and none besides
+    with dask.config.set({"distributed.comm.timeouts.connect": f"{timeout_s} s"} | one_each):
         if scheduler is None:
             cluster = LocalCluster(
                 n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0",

@@ -67,9 +67,7 @@ class TrainYourOwn(ipw.VBox):
         self.share.observe(self._share_chosen, names="value")
         self.train.on_click(lambda _: self.start())
         self.stop.on_click(lambda _: self.end())
-        self._say(
-            "Choose a variant and press “Train this point”. It takes about a minute of one core, longer on a busy machine."
-        )
+        self._say("Choose a variant and press “Train this point”. It takes a minute or two of one core.")
         self._redraw()
 
     @property
