@@ -24,6 +24,7 @@ from tests.synthetic import FAMILIES, synthetic_trace
 from workbench import captures, cli
 from workbench.config import read_config
 from workbench.errors import InputError, WorkbenchError
+from workbench.transcript import parse_transcript
 
 SOURCES = {"V4": synthetic_trace(97, seed=5), "V3.2": synthetic_trace(61, seed=6, kinds=FAMILIES["deepseek_v32"])}
 V4 = SOURCES["V4"]
@@ -78,6 +79,13 @@ def test_a_text_needs_a_tokenizer_to_show_its_tokens(tmp_path):
     assert wb.Trace.from_capture(known, CONFIG).token_texts == ("x",) * 97
     with pytest.raises(InputError, match="exactly as it was sent"):
         wb.Trace.from_capture(plain, CONFIG, prompt=text[1:], tokenizer=tokenizer)
+
+
+def test_a_transcript_is_sent_as_its_text(tmp_path):
+    chat = parse_transcript('{"role": "user", "content": "Hello"}')
+    with serving(giving(answer(NUMBERS))) as (url, asked):
+        wb.capture(url, chat, out=tmp_path / "c.json")
+    assert asked[0][1]["text"] == "user: Hello\nassistant:"
 
 
 def test_generated_tokens_are_there_but_the_last(tmp_path):

@@ -25,6 +25,7 @@ ALLOWED = {
     "intervals": {"numpy"},
     "trace": {"numpy"},
     "captures": {"numpy", "tokenizers"},
+    "ask_server": set(),
     "profile": {"numpy"},
     "chrome_trace": {"numpy"},
     "cost": {"numpy"},
@@ -67,7 +68,7 @@ NEVER_LOADED = {
         (
             *("", "errors", "transcript", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
             *("intervals", "profile", "chrome_trace"),
-            *("measurements", "progress", "runtime", "cli", "engram", "claims", "export", "frontier"),
+            *("measurements", "progress", "runtime", "cli", "engram", "claims", "export", "frontier", "ask_server"),
             *("exercises", "glossary", "caches", "captures", "frontend", "agent", "sharing", "mixing", "rounding"),
         ),
         {"torch", "plotly"},

@@ -21,7 +21,7 @@ _HOME = {
     "Transcript": "transcript",
     "LiveRun": "live",
     "Trace": "trace",
-    "capture": "captures",
+    "capture": "ask_server",
     "attach": "attached",
     "Timeline": "trace",
     "Span": "trace",

@@ -1,9 +1,9 @@
-"""Selections of a real model, as its server tells them: asked for over HTTP, kept in a file, read as a Trace.
+"""Selections of a real model, as its server told them: a capture file, read as a Trace. `workbench.ask_server` makes one.
 
 SGLang servers started with ``--enable-return-indexer-topk`` answer a request that says ``return_indexer_topk`` with
 ``meta_info["indexer_topk"]``: base64 of int32 [tokens, indexer layers, top-k], -1 where nothing was left (sgl-project/sglang
 pull requests 24392 and 26684; since the second, entries are counted within the request). A row belongs to a token that was
-fed to the model, so the last generated one has none. vLLM's pull request 49555 is alike, with an .npy file inside the base64.
+fed to the model, so the last generated one has none. vLLM's (47279, continued as 49555) put an .npy file into the base64.
 There are no probabilities and no scores in it, so a trace made from it has none.
 
 A capture can be larger than memory (V4-Flash, 128k tokens: 5.6 GB), so its file is mapped and decoded piece by piece.
@@ -12,41 +12,32 @@ A capture can be larger than memory (V4-Flash, 128k tokens: 5.6 GB), so its file
 from __future__ import annotations
 
 import binascii
-import http.client
 import io
 import json
-import math
 import mmap
 import operator
 import os
 import re
 import shutil
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.lib import format as npy
 
 from workbench.config import HybridConfig, LatentConfig, ModelConfig
-from workbench.errors import InputError, WorkbenchError
+from workbench.errors import InputError
 from workbench.presets import Preset, presets
 from workbench.trace import LayerTrace, Timeline, Trace
 
 FORMAT, VERSION = "workbench-capture", 1
 WHAT = "selections only, captured from a server"
-MAX_ANSWER_BYTES = 16 * 2**30  # V4-Flash at 128k tokens answers with 7.5 GB of base64
 MAX_TEXT_BYTES = 2**28  # of a capture file beside its selections: ids, texts, the answer
 MEMORY_BYTES = 2**28  # chosen layers beyond this are kept in mapped files beside the capture
 PIECE_BYTES = 2**24  # decoded at once
-READ_BYTES = 2**20
-ERROR_CHARACTERS = 500
 CHOOSING = {"csa": "CSA", "mla-dsa": "MLA + DSA"}  # the kinds of layers whose choice a server returns
 HOW_TO_START = (
     "start SGLang with --enable-return-indexer-topk (and data-parallel attention, without which it records nothing); "
@@ -56,81 +47,7 @@ _PAYLOAD = re.compile(rb'(?<!\\)"indexer_topk"\s*:\s*"')  # a quote inside a JSO
 _OURS = re.compile(rb'^\s*\{\s*"format"\s*:\s*"workbench-capture"')
 
 
-def capture(
-    url: str,
-    prompt: str | Sequence[int],
-    *,
-    out: str | Path | None = None,
-    preset: str | None = None,
-    tokenizer: Any = None,
-    max_new_tokens: int = 1,
-    api_key: str | None = None,
-    timeout_s: float = 600.0,
-    max_bytes: int = MAX_ANSWER_BYTES,
-) -> Path:
-    """Ask the SGLang server at ``url`` to read ``prompt`` and keep its answer as a capture file, whose path is returned.
-
-    ``url`` is http or https; without a path it means ``/generate``. Nothing but this address is contacted: no proxy from the
-    environment, no redirect. ``prompt`` is text or token ids. The server does not return the prompt's tokens, so give
-    ``tokenizer`` (a folder or file with the model's tokenizer.json) to see their texts: ids are then sent. ``out`` is a new
-    file (default: ``capture-<time>.json`` here); ``preset`` is noted in it for `Trace.from_capture`. ``api_key`` is sent as a
-    bearer token and not kept. ``timeout_s`` bounds every wait and the answer as a whole, ``max_bytes`` its size.
-    Raises InputError for arguments that cannot be used, WorkbenchError for what goes wrong with the server.
-    """
-    address, shown = _address(url)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be 1 or more (the server has to generate), got {max_new_tokens!r}")
-    if not timeout_s > 0 or not math.isfinite(timeout_s):
-        raise InputError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
-    if preset is not None:
-        config_of(preset)
-    known = _known_tokens(prompt, tokenizer)
-    path = Path(out) if out is not None else Path(time.strftime("capture-%Y%m%d-%H%M%S.json"))
-    if path.exists():
-        raise InputError(f"{path} exists; give the name of a new file as out=")
-    asked = {"input_ids": known["token_ids"]} if "token_ids" in known else {"text": prompt}
-    asked |= {"sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0}, "return_indexer_topk": True}
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    request = urllib.request.Request(address, json.dumps(asked).encode(), headers, method="POST")
-    head = {"format": FORMAT, "version": VERSION, "server": shown, "preset": preset} | known
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(json.dumps(head)[:-1].encode() + b', "answer": ')
-            for piece in _answer(request, shown, timeout_s, max_bytes):
-                file.write(piece)
-            file.write(b"}\n")
-        with closing(_Capture(part, shown)) as found:
-            if preset is not None:
-                found.layout(config_of(preset), preset)
-        part.replace(path)
-    except OSError as error:
-        raise WorkbenchError(f"the answer cannot be kept in {path}: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _address(url: str) -> tuple[str, str]:
-    """The address to ask, and the server's name to show."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except (ValueError, AttributeError, TypeError):
-        raise InputError(f"{url!r} is no address; give one such as http://host:30000") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"{url!r} is no http or https address; give one such as http://host:30000")
-    if parts.username is not None or parts.password is not None:
-        raise InputError("an address with a name or password in it is not used; give the server's key as api_key=")
-    if any(c.isspace() or not c.isprintable() for c in url):
-        raise InputError(f"{url!r} holds a space or a control character; give an address such as http://host:30000")
-    path = parts.path if parts.path not in ("", "/") else "/generate"
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    shown = f"{parts.scheme}://{host}" + (f":{port}" if port else "")
-    return f"{shown}{path}" + (f"?{parts.query}" if parts.query else ""), shown
-
-
-def _known_tokens(prompt: str | Sequence[int], tokenizer: Any) -> dict[str, Any]:
+def known_tokens(prompt: str | Sequence[int], tokenizer: Any) -> dict[str, Any]:
     """What is known of the prompt before the server sees it: ``prompt`` (text), ``token_ids``, ``token_texts``."""
     known: dict[str, Any] = {}
     encoder = None if tokenizer is None else read_tokenizer(tokenizer)
@@ -176,56 +93,6 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [text if 0 <= i < size else f"[{i}]" for i, text in zip(ids, texts, strict=True)]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def _answer(request: urllib.request.Request, shown: str, timeout_s: float, max_bytes: int) -> Iterator[bytes]:
-    """The body of the server's answer in pieces; every way it can fail is one WorkbenchError."""
-    deadline = time.monotonic() + timeout_s
-    late = f"{shown} did not finish its answer within {timeout_s:g} s; a long prompt may need a larger timeout_s"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-    taken = 0
-    try:
-        with opener.open(request, timeout=timeout_s) as response:
-            while piece := response.read1(READ_BYTES):
-                taken += len(piece)
-                if taken > max_bytes:
-                    raise WorkbenchError(
-                        f"{shown} answers with more than {max_bytes:,} bytes; shorten the prompt or raise max_bytes"
-                    )
-                if time.monotonic() > deadline:
-                    raise WorkbenchError(late)
-                yield piece
-            if response.length:
-                raise WorkbenchError(f"{shown} broke off, {response.length:,} bytes short of its answer; ask again")
-    except urllib.error.HTTPError as error:
-        with closing(error):
-            if 300 <= error.code < 400:
-                where = str(error.headers.get("Location", "somewhere else"))[:ERROR_CHARACTERS]
-                raise WorkbenchError(f"{shown} redirects to {where!r}; give that address yourself if you trust it") from None
-            with suppress(OSError, http.client.HTTPException):
-                raise WorkbenchError(f"{shown} refused ({error.code}): {_said(error.read(2**16))}") from None
-            raise WorkbenchError(f"{shown} refused ({error.code}) without saying why") from None
-    except (TimeoutError, urllib.error.URLError, OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            raise WorkbenchError(late) from None
-        raise WorkbenchError(f"{shown} cannot be reached: {' '.join(str(reason).split()) or type(reason).__name__}") from None
-
-
-def _said(body: bytes) -> str:
-    """A server's own words, quoted: what could act in a terminal (control characters, writing direction) is escaped."""
-    text = body.decode("utf-8", "replace")
-    with suppress(ValueError, AttributeError):
-        told = json.loads(text)
-        told = told.get("error", told)
-        text = str(told.get("message", told) if isinstance(told, dict) else told)
-    text = " ".join(text.split())
-    return repr(text if len(text) <= ERROR_CHARACTERS else text[: ERROR_CHARACTERS - 1] + "…")
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the numbers of a capture are arranged: [``tokens``, one row for each of ``layers``, ``topk``]."""
@@ -255,7 +122,7 @@ def choosing_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(config.layer_kinds) if kind in CHOOSING)
 
 
-class _Capture:
+class CaptureFile:
     """An open capture file: its JSON without the selections, and these decoded piece by piece from the mapped file."""
 
     def __init__(self, path: Path, named: str) -> None:
@@ -410,7 +277,7 @@ def trace_of(
     file = Path(file)
     if not file.is_file():
         raise InputError(f"no capture at {file}; make one with wb.capture(url, prompt), or give a server's answer as a file")
-    with closing(_Capture(file, file.name)) as found:
+    with closing(CaptureFile(file, file.name)) as found:
         chosen = preset if preset is not None else found.top.get("preset")
         if not isinstance(chosen, str | Preset | HybridConfig | LatentConfig):
             fitting = found._fitting(found.tokens_fed())
@@ -447,7 +314,7 @@ def _wanted(layout: Layout, layers: Sequence[int] | None) -> tuple[int, ...]:
     return wanted
 
 
-def _selections(found: _Capture, layout: Layout, wanted: tuple[int, ...], file: Path) -> dict[int, np.ndarray]:
+def _selections(found: CaptureFile, layout: Layout, wanted: tuple[int, ...], file: Path) -> dict[int, np.ndarray]:
     """Layer -> int32 [tokens, K]: in memory if small, else in mapped files beside the capture, made once."""
     shape = layout.tokens, layout.topk
     if 1e9 * layout.gigabytes(len(wanted)) <= MEMORY_BYTES:
@@ -491,7 +358,7 @@ def _is_made(path: Path, shape: tuple[int, int], stamp: int) -> bool:
     return False
 
 
-def _fill(found: _Capture, layout: Layout, arrays: Mapping[int, np.ndarray]) -> None:
+def _fill(found: CaptureFile, layout: Layout, arrays: Mapping[int, np.ndarray]) -> None:
     """Decode the chosen layers into ``arrays``. Raises InputError for what no model could have selected."""
     for start, block in found.pieces(layout):
         t = np.arange(start, start + len(block))
@@ -517,10 +384,10 @@ def _fill(found: _Capture, layout: Layout, arrays: Mapping[int, np.ndarray]) -> 
 
 
 def _tokens(
-    found: _Capture, layout: Layout, prompt: str | Sequence[int] | None, tokenizer: Any
+    found: CaptureFile, layout: Layout, prompt: str | Sequence[int] | None, tokenizer: Any
 ) -> tuple[np.ndarray, list[str], int]:
     """Ids (-1 where unknown), texts, and how many belong to the prompt."""
-    known = found.top if prompt is None else _known_tokens(prompt, tokenizer)
+    known = found.top if prompt is None else known_tokens(prompt, tokenizer)
     ids, texts, new = known.get("token_ids") or [], known.get("token_texts") or [], found.answer.get("output_ids") or []
     count = found.meta.get("prompt_tokens")
     if not all(isinstance(x, list) for x in (ids, texts, new)) or not all(type(i) is int and 0 <= i < 2**31 for i in ids + new):
