@@ -50,7 +50,7 @@ def config(kinds: tuple[LayerKind, ...], *, csa_ratio: int, hca_ratio: int, topk
         o_groups=2,
         o_lora_rank=32,
         layer_kinds=kinds,
-        mlp_kinds=("score",) * len(kinds),
+        mlp_kinds=tuple("score" for _ in kinds),
         n_routed_experts=4,
         num_experts_per_tok=1,
         moe_intermediate_size=32,
