@@ -42,6 +42,8 @@ ALLOWED = {
     "recorder": CORE,
     "live": CORE,
     "needle": CORE,
+    "microscope": CORE,
+    "choosing": CORE,
     "true_size": CORE,
     "training": CORE,
     "figures": {"numpy", "plotly", "PIL"},
