@@ -3,8 +3,8 @@
     workbench bench tiles                      2,048 and 65,536 tokens, and a strip over 262,144 compressed entries
     workbench bench tiles --quick              2,048 tokens and a short strip, few rounds, no record: does it run?
 
-The traces are random numbers in the shape of tiny-v4's (4 heads, a window of 16, the 8 best entries of CSA, all of HCA), sparse as
-a recorder leaves them. A tile is timed from records to PNG, a strip from records to the chart as it is sent, and bytes are
+The traces are random numbers in the shape of tiny-v4's (4 heads, a window of 16, the 8 best entries of CSA, all of HCA), sparse
+as a recorder leaves them. A tile is timed from records to PNG, a strip from records to the chart as it is sent, and bytes are
 counted as they are sent: pictures as they are, charts as JSON. The record goes to ``benchmarks/results/tiles-<device>.json``.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from workbench.figures.attention import attention_tile, composite_tile, thumbnails
-from workbench.figures.query import query_strip
+from workbench.figures.query import strip_chart
 from workbench.runtime import machine, slug
 from workbench.trace import LayerTrace, Trace, entry_pooling, row_tokens
 from workbench.widgets.attention import TILE_PIXELS, AttentionExplorer
@@ -44,9 +44,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = parser.parse_args(arguments)
     lengths, entries, rounds = (LENGTHS[:1], 2**14, 3) if options.quick else (LENGTHS, STRIP_ENTRIES, 15)
     found: dict[str, Any] = {"machine": machine()}
-    print(f"{found['machine']['device']}, load {found['machine']['load_average']:.1f}; kernel side, medians of {rounds} rounds\n")
+    print(
+        f"{found['machine']['device']}, load {found['machine']['load_average']:.1f}; kernel side, medians of {rounds} rounds\n"
+    )
     found["tiles"] = [tile for length in lengths for tile in tiles(sparse_trace(length), rounds)]
-    found["thumbnails"] = [of_thumbnails(sparse_trace(length, heads=THUMBNAIL_HEADS, kinds=("csa",)), rounds) for length in lengths]
+    found["thumbnails"] = [
+        of_thumbnails(sparse_trace(length, heads=THUMBNAIL_HEADS, kinds=("csa",)), rounds) for length in lengths
+    ]
     found["strip"] = strip(entries, rounds)
     found["slider move"] = slider_moves(sparse_trace(lengths[-1]), 20 if options.quick else 60)
     found["load after"] = machine()["load_average"]
@@ -108,14 +112,19 @@ def _layer(rng: np.random.Generator, number: int, kind: str, length: int, heads:
     )
 
 
-def median_ms(call: Callable[[], Any], rounds: int) -> tuple[float, Any]:
-    """Median milliseconds, the first call left out, and what the last one gave."""
-    taken, out = [], None
+def median_ms(call: Callable[[], Any], rounds: int) -> tuple[dict[str, float], Any]:
+    """Median milliseconds passed and of processor time, the first call left out, and what the last one gave.
+
+    On a busy machine the two differ, and what passed says more about the others.
+    """
+    taken: list[tuple[float, float]] = []
+    out = None
     for _ in range(rounds + 1):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         out = call()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return round(statistics.median(taken[1:]), 2), out
+        taken.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
+    passed, worked = (round(statistics.median(times), 2) for times in zip(*taken[1:], strict=True))
+    return {"ms": passed, "cpu ms": worked}, out
 
 
 def tiles(trace: Trace, rounds: int) -> list[dict[str, Any]]:
@@ -125,28 +134,27 @@ def tiles(trace: Trace, rounds: int) -> list[dict[str, Any]]:
         for name, view in (("window and entries", attention_tile), ("one token axis", composite_tile)):
             for head in ("max", "mean", 0):
                 ms, tile = median_ms(lambda v=view, n=record.layer, h=head: v(trace, n, h, max_pixels=TILE_PIXELS), rounds)
-                found.append(
-                    {"tokens": trace.length, "layer": record.kind, "view": name, "head": head, "ms": ms, "bytes": len(tile.png)}
-                )
-                print(f"{trace.length:>7,} tokens, {record.kind}, {name}, head {head}: {ms:.1f} ms, {len(tile.png):,} bytes")
+                what = {"tokens": trace.length, "layer": record.kind, "view": name, "head": head}
+                found.append(what | ms | {"bytes": len(tile.png)})
+                print(f"{trace.length:>7,} tokens, {record.kind}, {name}, head {head}: {_told(ms)}, {len(tile.png):,} bytes")
     return found
 
 
 def of_thumbnails(trace: Trace, rounds: int) -> dict[str, Any]:
     ms, made = median_ms(lambda: thumbnails(trace, 0), max(1, rounds // 5))
     size = sum(len(png) for _, png in made)
-    print(f"{trace.length:>7,} tokens, {len(made)} thumbnails: {ms:.0f} ms, {size:,} bytes")
-    return {"tokens": trace.length, "pictures": len(made), "ms": ms, "bytes": size}
+    print(f"{trace.length:>7,} tokens, {len(made)} thumbnails: {_told(ms)}, {size:,} bytes")
+    return {"tokens": trace.length, "pictures": len(made), "bytes": size} | ms
 
 
 def strip(entries: int, rounds: int) -> dict[str, Any]:
-    """The last query of a trace whose CSA layer has ``entries`` compressed entries; only that query was recorded with arrays."""
+    """The last query of a trace whose CSA layer has ``entries`` compressed entries."""
     ratio = RATIOS["csa"]
     trace = last_query(entries * ratio)
-    ms, output = median_ms(lambda: as_output(query_strip(trace, 0, trace.length - 1)), rounds)
+    ms, output = median_ms(lambda: as_output(strip_chart(trace, 0, trace.length - 1)), rounds)
     size = len(json.dumps(output["data"], separators=(",", ":")).encode())
-    print(f"{entries:>7,} entries, one query's strip: {ms:.1f} ms, {size:,} bytes")
-    return {"entries": entries, "tokens": entries * ratio, "ms": ms, "bytes": size}
+    print(f"{entries:>7,} entries, one query's strip: {_told(ms)}, {size:,} bytes")
+    return {"entries": entries, "tokens": entries * ratio, "bytes": size} | ms
 
 
 def last_query(length: int) -> Trace:
@@ -170,31 +178,34 @@ def last_query(length: int) -> Trace:
 
 
 def slider_moves(trace: Trace, moves: int) -> dict[str, Any]:
-    """Messages that choosing another query sends for the map, the one picture it moves a mark in; and the time of it all."""
+    """Messages that choosing another query sends to each part of an explorer, and the time of all of it."""
     explorer = AttentionExplorer(trace)
-    sent: list[Any] = []
-    explorer.map._send_keys = None
-    original = explorer.map.send_state
-    explorer.map.send_state = lambda key=None: (sent.append(key), original(key))[1]
-    taken = []
-    for move in range(moves):
-        start = time.perf_counter()
-        explorer.session.choose_token(move * (trace.length - 1) // moves)
-        taken.append(1e3 * (time.perf_counter() - start))
+    parts = {"map": explorer.map, "strip": explorer.strip, "text": explorer.text, "readout": explorer.readout}
+    sent = dict.fromkeys(parts, 0)
+    for name, widget in parts.items():
+        widget.send_state = lambda key=None, name=name: sent.update({name: sent[name] + 1})  # type: ignore[method-assign]
+    tokens = iter([(1 + move) * (trace.length - 1) // (moves + 1) for move in range(moves + 1)])
+    ms, _ = median_ms(lambda: explorer.session.choose_token(next(tokens)), moves)
     explorer.close()
-    ms = round(statistics.median(taken), 2)
-    print(f"{trace.length:>7,} tokens, a query chosen: {ms:.0f} ms for map, strip and text; {len(sent) / moves:.1f} messages to the map")
-    return {"tokens": trace.length, "moves": moves, "ms": ms, "messages to the map": len(sent) / moves}
+    each = {name: count / (moves + 1) for name, count in sent.items()}
+    print(f"{trace.length:>7,} tokens, a query chosen: {_told(ms)} for all views; messages {each}")
+    return {"tokens": trace.length, "moves": moves, "messages": each} | ms
+
+
+def _told(ms: dict[str, float]) -> str:
+    return f"{ms['ms']:.1f} ms ({ms['cpu ms']:.1f} ms of a core)"
 
 
 def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [
         ("focus tile, bytes", max(x["bytes"] for x in found["tiles"]), TILE_BYTES),
         ("focus tile, ms", max(x["ms"] for x in found["tiles"]), TILE_MS),
+        ("focus tile, ms of a core", max(x["cpu ms"] for x in found["tiles"]), TILE_MS),
         ("32 thumbnails, bytes", max(x["bytes"] for x in found["thumbnails"]), THUMBNAILS_BYTES),
         ("strip, bytes", found["strip"]["bytes"], STRIP_BYTES),
         ("strip, ms", found["strip"]["ms"], STRIP_MS),
-        ("messages to the map for one slider move", found["slider move"]["messages to the map"], MESSAGES),
+        ("strip, ms of a core", found["strip"]["cpu ms"], STRIP_MS),
+        ("messages to a view for one slider move", max(found["slider move"]["messages"].values()), MESSAGES),
     ]
     out = []
     for name, value, bar in rows:

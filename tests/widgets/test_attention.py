@@ -100,7 +100,7 @@ def test_hovering_the_composite_view_names_the_entry_behind_a_token(explorer):
 def test_clicking_the_map_chooses_the_query_everywhere(explorer):
     from_page(explorer.map, type="click", row=71, column=3)
     assert explorer.session.token == explorer.token.value == explorer.map.mark == 71 and not explorer.session.follow
-    assert "query token 71" in explorer.figure.layout.title.text and "token 71 looks" in explorer.text.html
+    assert "query token 71" in explorer.chart["layout"]["title"]["text"] and "token 71 looks" in explorer.text.html
     chart = explorer.strip.outputs[0]["data"][CHART_MIME]
     assert "query token 71" in chart["layout"]["title"]["text"]
 
@@ -179,7 +179,7 @@ def test_markup_in_tokens_is_escaped_in_every_view(explorer):
     hostile = next(t for t, text in enumerate(trace.token_texts[:97]) if "<b>" in text)
     from_page(explorer.map, type="click", row=hostile, column=hostile)
     assert "&lt;b&gt;" in explorer.readout.value
-    for shown in (explorer.readout.value, explorer.text.html, explorer.title.value, explorer.figure.layout.title.text):
+    for shown in (explorer.readout.value, explorer.text.html, explorer.title.value, explorer.chart["layout"]["title"]["text"]):
         assert "<b>bold" not in shown
 
 

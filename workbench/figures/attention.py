@@ -268,7 +268,7 @@ def _pooled(
         t = np.arange(start, stop)
         cells = (t - rows[0]) // pooling[0]
         if record.selected is not None and record.selected_probs is not None:
-            kept, value = record.selected[start:stop].astype(np.int64), comparable(record.selected_probs[start:stop], head)
+            kept, value = record.selected[start:stop], comparable(record.selected_probs[start:stop], head)
             value = np.where(kept >= 0, value, value.dtype.type(0))
             if composite:
                 one, reach = np.maximum(0, kept * record.ratio - record.look_back), (kept + 1) * record.ratio - 1
@@ -286,7 +286,7 @@ def _pooled(
             edges = np.flatnonzero(np.diff(cells, prepend=-1))  # where a new row of cells begins
             recorded = record.entry_probs[start:stop]
             if head == "max":  # of rows, then of heads: the same, and nothing is copied
-                band = np.maximum.reduceat(recorded.view(np.int16), edges, axis=0).max(axis=1)
+                band = most_of_heads(np.maximum.reduceat(recorded.view(np.int16), edges, axis=0))
             else:
                 band = np.maximum.reduceat(comparable(recorded, head), edges, axis=0)  # [h', E]
             spread = _spread(record, band, columns, pooling[1], record.entry_pooling(start), composite)
@@ -297,9 +297,23 @@ def _pooled(
 def comparable(probs: np.ndarray, head: Head) -> np.ndarray:
     """float16 [..., H, N] -> [..., N] of one head or the maximum over heads, as int16 in the same order, or float32 means."""
     if head == "mean":
-        return probs.mean(axis=-2, dtype=np.float32)
+        total = probs[..., 0, :].astype(np.float32)
+        for one in range(1, probs.shape[-2]):
+            total += probs[..., one, :]
+        return total / np.float32(probs.shape[-2])
     bits = probs.view(np.int16)
-    return bits.max(axis=-2) if head == "max" else bits[..., head, :]
+    return most_of_heads(bits) if head == "max" else bits[..., head, :]
+
+
+def most_of_heads(bits: np.ndarray) -> np.ndarray:
+    """[..., H, N] -> [..., N]: the maximum, half of the heads against the other half, whose rows are neighbours in memory."""
+    while (heads := bits.shape[-2]) > 1:
+        half = heads // 2
+        most = np.maximum(bits[..., :half, :], bits[..., half : 2 * half, :])
+        if heads % 2:
+            np.maximum(most[..., :1, :], bits[..., -1:, :], out=most[..., :1, :])
+        bits = most
+    return bits[..., 0, :]
 
 
 def _window_runs(record: LayerTrace, head: Head, t: np.ndarray, columns: Range, pool: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from plotly.subplots import make_subplots
 from workbench.errors import InputError
 from workbench.figures import style
 from workbench.figures.attention import describe_layer
+from workbench.figures.query import TITLE_WIDTH
 from workbench.trace import Trace
 
 if TYPE_CHECKING:
@@ -91,22 +93,20 @@ def change_chart(trace: Trace, change: Change, text_of: Callable[[int], str], fo
     ids = ids[::-1]  # the likeliest on top
     names = [f"“{style.visible_text(text_of(i), 16)}”" + (" (came next)" if i == followed_by else "") for i in ids]
     fig = go.Figure()
-    for name, probs, colour, pattern in (
-        ("with the edit", change.after, style.VERMILLION, "/"),
-        ("as it was", change.before, style.BLUE, ""),
-    ):
+    for name, probs, colour in (("with the edit", change.after, style.ORANGE), ("as it was", change.before, style.BLUE)):
         values = np.maximum(probs[ids], LEAST)
         hover = "%{y}: %{customdata:.3g}<extra>" + name + "</extra>"
         bar = go.Bar(y=list(range(len(ids))), x=values, customdata=probs[ids], name=name, orientation="h", hovertemplate=hover)
-        fig.add_trace(bar.update(marker={"color": colour, "pattern": {"shape": pattern, "solidity": 0.25}}))
+        fig.add_trace(bar.update(marker_color=colour))
     edit, record = change.edit, trace.layer(change.edit.layer)
     what = [f"{word} {', '.join(map(str, es[:6]))}{'…' if len(es) > 6 else ''}" for word, es in
             (("drop", edit.drop), ("force in", edit.force)) if es]  # fmt: skip
     heading = f"layer {edit.layer} ({describe_layer(record)}), query {edit.query}: {' and '.join(what) or 'nothing edited'}"
     told = f"KL {change.kl_nats:.3g} nats after token {change.read_at}"
-    title = "<br>".join(style.chart_text(line) for line in (trace.label, heading, told))
-    style.styled(fig, title, 420)
-    fig.update_layout(bargap=0.25, bargroupgap=0, legend_traceorder="reversed", margin_t=118)
+    lines = [line for part in (trace.label, heading, told) for line in wrap(part, TITLE_WIDTH)]
+    above = 14 + 17 * len(lines) + 30  # the title and the legend
+    style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + 300)
+    fig.update_layout(bargap=0.25, bargroupgap=0, legend_traceorder="reversed", margin_t=above)
     fig.update_xaxes(type="log", range=[np.log10(LEAST), 0.02], dtick=1, exponentformat="power")
     fig.update_xaxes(title="probability of the next token")
     return fig.update_yaxes(tickvals=list(range(len(ids))), ticktext=[style.chart_text(name) for name in names])

@@ -25,7 +25,7 @@ from workbench.figures.attention import (
     tokens_each,
     window_columns,
 )
-from workbench.figures.query import describe, query_strip, source_probs
+from workbench.figures.query import describe, source_probs, strip_chart
 from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.render import Pointer, as_output
@@ -69,6 +69,8 @@ class AttentionExplorer(ipw.VBox):
     touches; changes may come from the session's painter thread. ``close`` stops following.
     """
 
+    _following = False
+
     def __init__(self, source: LiveRun | Trace | Session) -> None:
         self.session = session_of(source)
         self._syncing: int | None = None  # the thread that is copying the session's state into the controls
@@ -99,10 +101,13 @@ class AttentionExplorer(ipw.VBox):
         )
         super().__init__([self.title, self.body])
         self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        self._following = True
         self._redraw()
 
     def close(self) -> None:
-        self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        if self._following:
+            self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
+            self._following = False
         super().close()
 
     def _make_controls(self) -> None:
@@ -328,8 +333,8 @@ class AttentionExplorer(ipw.VBox):
         self.readout.value = readout(describe(trace, record.layer, head, row, column))
 
     def _draw_strip(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
-        self.figure = query_strip(trace, record.layer, token, head)
-        self.strip.outputs = (as_output(self.figure),)
+        self.chart = strip_chart(trace, record.layer, token, head)
+        self.strip.outputs = (as_output(self.chart),)
 
     def _draw_text(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         self.text.show(html=text_view(trace, record.layer, head, token))
