@@ -146,6 +146,45 @@ def _check_token(record: LayerTrace, token: int) -> None:
         raise InputError(f"the trace has tokens 0..{record.length - 1}, got {token}")
 
 
+def query_facts(trace: Trace, layer: int, token: int, head: Head = "max") -> dict[str, Any]:
+    """Where one query's attention goes as a whole, and how much of its choice others share, as plain values.
+
+    "window", "entries" and "sink" are their shares of the head's probability (of "max", each head's largest, so of the mean
+    instead), None where the layer lacks the place. Where entries are chosen: "kept" of "visible" entries; "before", how many of
+    them the query before kept as well, None for the first; "layers", for each other layer of this kind whose entries have the
+    same ratio, how many of them it kept too.
+    """
+    record = trace.layer(layer)
+    check_head(record, head)
+    _check_token(record, token)
+    one: Head = "mean" if head == "max" else head
+    entry_probs = record.selected_probs if record.selected_probs is not None else record.entry_probs
+    facts: dict[str, Any] = {"window": None, "entries": None, "sink": None, "kept": None, "visible": None, "before": None}
+    for name, probs in (("window", record.window_probs), ("entries", entry_probs), ("sink", record.sink_probs[..., None])):
+        if probs is not None and (name != "window" or record.window) and (name != "sink" or record.has_sink_at(token)):
+            facts[name] = float(of_head(probs[token], one).sum())
+    if record.selected is None and entry_probs is not None and record.entry_pooling(token) > 1:
+        facts["entries"] = None  # recorded as maxima of several entries, which have no sum
+    facts["layers"] = {}
+    if record.selected is not None:
+        mine = _kept_by(record, token)
+        facts |= {"kept": len(mine), "visible": record.visible_entries(token)}
+        facts["before"] = len(mine & _kept_by(record, token - 1)) if token else None
+        for other in trace.layers:
+            if (
+                other is not record
+                and other.selected is not None
+                and (other.ratio, other.kind[:4]) == (record.ratio, record.kind[:4])
+            ):
+                facts["layers"][other.layer] = len(mine & _kept_by(other, token))
+    return facts
+
+
+def _kept_by(record: LayerTrace, token: int) -> set[int]:
+    assert record.selected is not None
+    return set(record.selected[token][record.selected[token] >= 0].tolist())
+
+
 def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.Figure:
     """One query along the text: index scores of the visible entries with the kept ones marked, and where attention went.
 
