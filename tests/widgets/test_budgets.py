@@ -109,9 +109,8 @@ def test_views_of_a_model_beside_the_trace_stay_small():
         assert sent_bytes(view) <= VIEW_BYTES, type(view).__name__
 
 
+@pytest.mark.slow
 def test_a_thousand_moves_leave_memory_as_it_is():
-    import resource
-
     view = wb.AttentionExplorer(long_trace(8192))
     held = []
     for move in range(1001):
@@ -119,7 +118,6 @@ def test_a_thousand_moves_leave_memory_as_it_is():
         if move in (200, 1000):
             held.append(resident_bytes())
     assert held[1] - held[0] <= 20_000_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
 
 
 def resident_bytes() -> int:

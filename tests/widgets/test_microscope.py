@@ -13,7 +13,7 @@ import workbench as wb
 from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
 from workbench.errors import InputError
-from workbench.figures.microscope import change_chart, entries_html
+from workbench.figures.microscope import change_chart, choice_chart, entries_html
 from workbench.microscope import Edit, Forks
 from workbench.widgets.session import session_of
 
@@ -142,6 +142,18 @@ def test_texts_are_escaped_and_both_pictures_small(trace):
     ids = change.likeliest(8)
     assert list(before.customdata[::-1][:7]) == [change.before[i] for i in ids[:7]]
     assert list(after.customdata[::-1][:7]) == [change.after[i] for i in ids[:7]]
+
+
+def test_scores_stand_against_the_attention_nothing_left_out_would_give(scope, trace):
+    choice = Forks(MODEL, trace.token_ids.tolist()).choice(1, QUERY)
+    figure = choice_chart(trace, choice)
+    out, kept = figure.data
+    assert sorted(kept.customdata) == sorted(choice.kept) and len(out.x) + len(kept.x) == choice.visible
+    np.testing.assert_array_equal(kept.x, choice.scores[kept.customdata])
+    np.testing.assert_allclose(kept.y, np.maximum(choice.mass[kept.customdata], 1e-6))
+    best = set(np.argsort(-choice.mass)[: len(choice.kept)].tolist())
+    assert f"recall@8 {len(best & set(choice.kept)) / 8:.0%}" in figure.layout.title.text.replace("<br>", " ")
+    assert scope.scores.outputs[0]["data"]["text/plain"] == figure.layout.title.text.replace("<br>", " ")
 
 
 def test_it_follows_the_session_of_other_views(trace):

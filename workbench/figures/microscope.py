@@ -23,7 +23,7 @@ from workbench.trace import Trace
 if TYPE_CHECKING:
     from workbench.microscope import Change, Choice
 
-SHOWN_TOKENS, SHOWN_LEFT_OUT, ENTRY_TEXT = 8, 20, 34
+SHOWN_TOKENS, SHOWN_LEFT_OUT, ENTRY_TEXT, SHOWN_POINTS = 8, 20, 34, 300
 LEAST = 1e-6  # probabilities below are drawn as this: an axis of powers has no zero
 NAMES = {"indexer": "the indexer's choice", "mass": "oracle: most attention mass", "random": "at random"}
 LOOKS = {
@@ -110,6 +110,41 @@ def change_chart(trace: Trace, change: Change, text_of: Callable[[int], str], fo
     fig.update_xaxes(type="log", range=[np.log10(LEAST), 0.02], dtick=1, exponentformat="power")
     fig.update_xaxes(title="probability of the next token")
     return fig.update_yaxes(tickvals=list(range(len(ids))), ticktext=[style.chart_text(name) for name in names])
+
+
+def choice_chart(trace: Trace, choice: Choice) -> go.Figure:
+    """Index score against the attention each entry would get if nothing were left out: an indexer that chose by mass would keep
+    the highest points. Of many entries the most attended and the best scored are drawn.
+    """
+    kept = np.zeros(choice.visible, bool)
+    kept[list(choice.kept)] = True
+    best = np.argsort(-choice.mass, kind="stable")
+    shown = kept.copy()
+    shown[best[:SHOWN_POINTS]] = shown[np.argsort(-choice.scores, kind="stable")[:SHOWN_POINTS]] = True
+    fig = go.Figure()
+    for name, which, colour, symbol in (
+        ("left out", shown & ~kept, style.GREY, "circle-open"),
+        ("kept", kept, style.ENTRY_COLOUR, "diamond"),
+    ):
+        entries = np.flatnonzero(which)
+        hover = "entry %{customdata}<br>index score %{x:.4g}<br>attention %{y:.3g}<extra>" + name + "</extra>"
+        mark = {"color": colour, "symbol": symbol, "size": 8}
+        masses = np.maximum(choice.mass[entries], LEAST)
+        look = {"name": name, "marker": mark, "hovertemplate": hover, "customdata": entries.astype(np.int32)}
+        fig.add_scatter(x=choice.scores[entries], y=masses, mode="markers", **look)
+    k = len(choice.kept)
+    agreed = len(set(best[:k].tolist()) & set(choice.kept))
+    recall = (
+        f"the {k} kept are {agreed} of the {k} with most attention (recall@{k} {agreed / k:.0%})" if k else "nothing is kept"
+    )
+    told = f"if nothing were left out; {recall}; what is left out would get {choice.missed_mass:.1%}"
+    where = f"layer {choice.layer} ({describe_layer(trace.layer(choice.layer))}), query {choice.query}"
+    lines = [line for part in (trace.label, where, told) for line in wrap(part, TITLE_WIDTH)]
+    above = 14 + 17 * len(lines) + 30
+    style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + 280)
+    fig.update_layout(margin_t=above, showlegend=True)
+    fig.update_xaxes(title="index score")
+    return fig.update_yaxes(title="attention, mean over heads", type="log", dtick=1, exponentformat="power")
 
 
 def selection_chart(curve: Mapping[str, Any]) -> go.Figure:

@@ -10,7 +10,7 @@ import ipywidgets as ipw
 
 from workbench.errors import InputError, WorkbenchError
 from workbench.figures.attention import describe_layer
-from workbench.figures.microscope import change_chart, entries_html
+from workbench.figures.microscope import change_chart, choice_chart, entries_html
 from workbench.trace import Trace
 from workbench.widgets.render import Pointer, as_output
 from workbench.widgets.session import FINAL_STATES, Session, session_of
@@ -61,11 +61,12 @@ class Microscope(ipw.VBox):
         self.entries = Pointer(
             mode="text", height=ENTRIES_PIXELS, label="Entries of the query: press one to drop or force it in"
         )
-        self.entries.layout = ipw.Layout(flex="1 1 420px", min_width="320px")
         self.chart = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="360px", margin="0 0 0 16px"))
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         controls = (self.layer, self.token, self.read_at, self.entry, self.press, self.undo)
-        self.body = ipw.HBox([self.entries, self.chart], layout=ipw.Layout(flex_flow="row wrap"))
+        self.scores = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="360px"))
+        left = ipw.VBox([self.entries, self.scores], layout=ipw.Layout(flex="1 1 420px", min_width="320px"))
+        self.body = ipw.HBox([left, self.chart], layout=ipw.Layout(flex_flow="row wrap"))
         super().__init__([ipw.HBox(controls, layout=wrap), self.status, self.body])
         self.layer.observe(self._layer_chosen, names="value")
         self.token.observe(self._token_chosen, names="value")
@@ -182,6 +183,7 @@ class Microscope(ipw.VBox):
         elif self._forks.ids != ids:
             self._forks.read(ids)
         self._choice = self._forks.choice(self.layer.value, token)
+        self.scores.outputs = (as_output(choice_chart(trace, self._choice)),)
         shown = (self.model, self.layer.value, token)
         self._syncing = threading.get_ident()
         try:
