@@ -43,7 +43,7 @@ ALLOWED = {
     "live": CORE,
     "needle": CORE,
     "microscope": CORE,
-    "choosing": CORE,
+    "ways_to_choose": CORE,
     "true_size": CORE,
     "training": CORE,
     "figures": {"numpy", "plotly", "PIL"},

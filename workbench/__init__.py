@@ -45,7 +45,7 @@ _HOME = {
     "attention_tile": "figures.attention",
     "AttentionExplorer": "widgets.attention",
     "Microscope": "widgets.microscope",
-    "selection_curve": "choosing",
+    "selection_curve": "ways_to_choose",
     "selection_chart": "figures.microscope",
     "EngramExplorer": "widgets.engram",
     "article_claims": "claims",

@@ -1,6 +1,6 @@
 """What an edited choice of entries changes, as charts and as a row of entries to press. Records in, pictures out.
 
-The records are those of ``workbench.microscope`` and ``workbench.choosing``; nothing here needs torch.
+The records are those of ``workbench.microscope`` and ``workbench.ways_to_choose``; nothing here needs torch.
 """
 
 from __future__ import annotations
