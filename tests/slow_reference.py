@@ -301,7 +301,7 @@ class SlowV4:
             iq = self._rotate((w["indexer.wq_b.weight"] @ low).reshape(-1, c.index_head_dim), t, True)
             head_weights = w["indexer.weights_proj.weight"] @ x * c.index_head_dim**-0.5 * c.index_n_heads**-0.5
             scores = np.array([head_weights @ np.maximum(iq @ self.index[layer].entries[s], 0) for s in visible])
-            visible = sorted(visible, key=lambda s: (-scores[s], s))[: self.topk]
+            visible = self._chosen(layer, t, sorted(visible, key=lambda s: (-scores[s], s))[: self.topk])
         near = range(max(0, t - c.sliding_window + 1), t + 1)
         rows = [self.keys[layer][i] for i in near] + [self.main[layer].entries[s] for s in visible]
         logits = np.concatenate([q @ np.stack(rows).T * d**-0.5, w["attn_sink"][:, None]], axis=1)  # [H, n + 1]
@@ -315,6 +315,10 @@ class SlowV4:
             w["wo_a.weight"][g * rank : (g + 1) * rank] @ chunk for g, chunk in enumerate(np.split(out.ravel(), c.o_groups))
         ]
         return w["wo_b.weight"] @ np.concatenate(parts)
+
+    def _chosen(self, layer: int, t: int, best: list[int]) -> list[int]:
+        """The entries token ``t`` attends to: the best, unless somebody says otherwise."""
+        return best
 
     def _moe(self, layer: int, x: np.ndarray, token: int) -> np.ndarray:
         c, w = self.config, self._part(f"layers.{layer}.ffn.")

@@ -54,6 +54,8 @@ ALLOWED = {
     "attached": CORE,
     "live": CORE,
     "needle": CORE,
+    "microscope": CORE,
+    "ways_to_choose": CORE,
     "true_size": CORE,
     "training": CORE | {"dask", "distributed"},  # these two only inside training.sweep.sweep
     "figures": {"numpy", "plotly", "PIL"},

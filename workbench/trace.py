@@ -35,6 +35,7 @@ ROW_VALUES = 2**24  # and a head's rows over all entries together hold at most a
 SELECTING = ("csa", "csa2-full", "csa2-reindex", "csa2-reuse", "mla-dsa")
 INDEXING = ("csa", "csa2-full", "csa2-reindex", "mla-dsa")
 ATTENDING_TO_ALL = ("hca", "mla", "gqa", "mha")
+SCORED_TOGETHER = 8192  # entries, so that what is multiplied and rectified stays in a cache
 FETCHING = ("lookup", "transfer")  # lanes on which Engram rows are on their way
 OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own and the one before
 
@@ -188,6 +189,10 @@ class LayerTrace:
     def has_sink(self) -> bool:
         return bool(self.sink_probs.any())
 
+    def has_sink_at(self, t: int) -> bool:
+        """Whether the sink got anything from query ``t``, as it always does where there is one."""
+        return bool(self.sink_probs[t].any())
+
     @property
     def entries(self) -> int:
         """Entries complete at the end of the trace."""
@@ -228,9 +233,14 @@ class LayerTrace:
         """
         if self.index_queries is None or self.index_weights is None or self.index_keys is None:
             raise InputError(f"layer {self.layer} is a {self.kind} layer and has no lightning indexer; choose another layer")
-        keys = self.index_keys[: self.visible_entries(t)].astype(np.float32)  # [S, Di]
-        relu = np.maximum(self.index_queries[t].astype(np.float32) @ keys.T, 0.0)  # [Hi, S]
-        return self.index_weights[t].astype(np.float32) @ relu
+        keys = self.index_keys[: self.visible_entries(t)]  # [S, Di]
+        queries, weights = self.index_queries[t].astype(np.float32), self.index_weights[t].astype(np.float32)
+        scores = np.empty(len(keys), np.float32)
+        for start in range(0, len(keys), SCORED_TOGETHER):
+            part = keys[start : start + SCORED_TOGETHER].astype(np.float32, copy=False)
+            products = part @ queries.T  # [part, Hi]
+            np.matmul(np.maximum(products, 0.0, out=products), weights, out=scores[start : start + SCORED_TOGETHER])
+        return scores
 
 
 def entries_of(kind: str, ratio: int, token: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from workbench.figures.attention import (
     layer_thumbnails,
     thumbnails,
 )
-from workbench.figures.query import describe, query_strip, source_probs, top_sources
+from workbench.figures.query import describe, query_facts, query_strip, source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
 TRACE = synthetic_trace(97, seed=1)
@@ -385,3 +385,26 @@ def test_the_first_token_and_a_trace_with_few_entries_can_be_drawn(family):
         assert attention_tile(short, layer).values.shape == (3, 3 + entries)
         assert query_strip(short, layer, 0).data
         assert composite_tile(short, layer).visible[0, 0]
+
+
+@every_layer
+def test_facts_of_a_query_add_up_and_overlaps_are_counted_by_hand(family, layer):
+    trace, t = TRACES[family], 57
+    record, facts = trace.layer(layer), query_facts(trace, layer, t, 1)
+    shares = [facts[name] for name in ("window", "entries", "sink") if facts[name] is not None]
+    assert sum(shares) == pytest.approx(1.0, abs=5e-3)
+    assert (facts["window"] is None) == (not record.window) and (facts["sink"] is None) == (not record.window)
+    if record.selected is None:
+        assert facts["kept"] is facts["before"] is None and facts["layers"] == {}
+        return
+    kept = {int(e) for e in record.selected[t] if e >= 0}
+    assert (facts["kept"], facts["visible"]) == (len(kept), (t + 1) // record.ratio)
+    assert facts["before"] == sum(int(e) in kept for e in record.selected[t - 1])
+    alike = [x for x in trace.layers if x.layer != layer and x.selected is not None and x.ratio == record.ratio]
+    assert facts["layers"] == {x.layer: sum(int(e) in kept for e in x.selected[t]) for x in alike}
+    assert query_facts(trace, layer, 0)["before"] is None
+
+
+def test_maxima_of_pooled_rows_are_not_added_up():
+    trace = synthetic_trace(4409, seed=2, kinds=("hca",), heads=2, window=3, hca_ratio=64)
+    assert query_facts(trace, 0, 4408)["entries"] is None and query_facts(trace, 0, 400)["entries"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
+from workbench.errors import InputError
 from workbench.figures.attention import attention_tile, composite_tile
 from workbench.figures.query import top_sources
 from workbench.trace import Trace
@@ -100,7 +102,7 @@ def test_hovering_the_composite_view_names_the_entry_behind_a_token(explorer):
 def test_clicking_the_map_chooses_the_query_everywhere(explorer):
     from_page(explorer.map, type="click", row=71, column=3)
     assert explorer.session.token == explorer.token.value == explorer.map.mark == 71 and not explorer.session.follow
-    assert "query token 71" in explorer.figure.layout.title.text and "token 71 looks" in explorer.text.html
+    assert "query token 71" in explorer.chart["layout"]["title"]["text"] and "token 71 looks" in explorer.text.html
     chart = explorer.strip.outputs[0]["data"][CHART_MIME]
     assert "query token 71" in chart["layout"]["title"]["text"]
 
@@ -179,7 +181,7 @@ def test_markup_in_tokens_is_escaped_in_every_view(explorer):
     hostile = next(t for t, text in enumerate(trace.token_texts[:97]) if "<b>" in text)
     from_page(explorer.map, type="click", row=hostile, column=hostile)
     assert "&lt;b&gt;" in explorer.readout.value
-    for shown in (explorer.readout.value, explorer.text.html, explorer.title.value, explorer.figure.layout.title.text):
+    for shown in (explorer.readout.value, explorer.text.html, explorer.title.value, explorer.chart["layout"]["title"]["text"]):
         assert "<b>bold" not in shown
 
 
@@ -254,3 +256,46 @@ def test_choices_during_a_live_run_are_neither_lost_nor_deadlocked():
     eventually(lambda: widgets[0].map.rows == 59 and widgets[0].session.state == "done", "the last trace is drawn")
     for widget in widgets:
         assert (widget.session.token, widget.map.mark, widget.layer.value) == (19, 19, 3)
+
+
+def test_a_line_of_python_brings_a_view_back():
+    trace = synthetic_trace(97, seed=1)
+    explorer = AttentionExplorer(trace)
+    explorer.layer.value, explorer.head.value, explorer.view.value = 1, 2, "composite"
+    explorer.token.value = 71
+    from_page(explorer.map, type="zoom", by=1, row=71, column=40)
+    line, zoomed, picture = explorer.line.value, explorer._zoom, explorer.map.png
+    assert zoomed is not None and line.startswith("explorer.look(layer=1, head=2, token=71, view='composite', rows=(")
+    explorer.look(layer=0)
+    assert explorer.map.png != picture and explorer.line.value == "explorer.look(layer=0, head='max', token=0, view='both')"
+    eval(line, {"explorer": explorer})
+    assert (explorer.line.value, explorer._zoom, explorer.map.png) == (line, zoomed, picture)
+    for wrong in ({"layer": 9}, {"layer": 1, "head": 8}, {"layer": 1, "token": 97}, {"layer": 1, "view": "x"}):
+        with pytest.raises(InputError):
+            explorer.look(**wrong)
+    with pytest.raises(InputError, match="rows and columns"):
+        explorer.look(layer=1, rows=(5, 500))
+    assert explorer.line.value == line
+
+
+def test_the_facts_of_a_query_stand_under_the_map():
+    explorer = AttentionExplorer(synthetic_trace(97, seed=1))
+    explorer.look(layer=1, head=0, token=80)
+    assert "head 0" in explorer.facts.value and "It keeps 5 of 20 entries" in explorer.facts.value
+    assert "layer 3, too" in explorer.facts.value and "the query before, too" in explorer.facts.value
+    explorer.look(layer=0, token=80)
+    assert "sink" in explorer.facts.value and "entries" not in explorer.facts.value
+
+
+def test_recordings_without_tokens_or_the_layer_asked_for_say_so():
+    empty = Trace("synthetic-v4", "toy", "CPU", {}, np.zeros(0, np.int32), (), 0)
+    assert "holds no token" in AttentionExplorer(empty).title.value
+    trace = synthetic_trace(31, seed=1)
+    explorer = AttentionExplorer(trace)
+    explorer.session.layer = 9
+    assert "layer 9 was not recorded; it has [0, 1, 2, 3]" in explorer.title.value
+    assert explorer.body.layout.display == "none"
+    explorer.session.layer = 2
+    assert explorer.body.layout.display is None
+    bare = replace(trace, layers=())
+    assert "no recorded attention" in AttentionExplorer(bare).title.value

@@ -268,37 +268,94 @@ def of_head(probs: np.ndarray, head: Head) -> np.ndarray:
 def _pooled(
     record: LayerTrace, head: Head, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool
 ) -> np.ndarray:
-    """The largest probability per cell, [h, w] float32, gathered chunk by chunk of rows."""
+    """The largest probability per cell, [h, w] float32, gathered chunk by chunk of rows.
+
+    Numbers of one size are compared as integers, which keeps the order of half-precision floats from 0 up and is many times
+    faster than comparing those; what is negative counts as 0.
+    """
     height, width = (-(-(stop - start) // pool) for (start, stop), pool in zip((rows, columns), pooling, strict=True))
-    grid = np.zeros((height, width), np.float32)
+    grid = np.zeros((height, width), np.float32 if head == "mean" else np.int16)
 
     def scatter(cells: np.ndarray, column: np.ndarray, value: np.ndarray) -> None:
+        """Put value [n, m] at column [n, m] into the cells of rows [n]."""
+        flat = (column - columns[0]) // pooling[1] + (cells * width)[:, None]
         inside = (value > 0) & (column >= columns[0]) & (column < columns[1])
-        flat = cells[:, None] * width + (column - columns[0]) // pooling[1]
         np.maximum.at(grid.reshape(-1), flat[inside], value[inside])
 
-    for start, stop in _chunks(record, rows):
+    first, last = columns[0], columns[1] + record.window - 1  # no other query has a window over these columns
+    for start, stop in _chunks(record, (max(rows[0], first), min(rows[1], last))) if record.window else ():
+        t = np.arange(start, stop)
+        scatter((t - rows[0]) // pooling[0], *_window_runs(record, head, t, columns, pooling[1]))
+    for start, stop in _chunks(record, rows) if record.ratio else ():
         t = np.arange(start, stop)
         cells = (t - rows[0]) // pooling[0]
-        window = t[:, None] - record.window + 1 + np.arange(record.window)
-        scatter(cells, window, of_head(record.window_probs[start:stop], head))
         if record.selected is not None and record.selected_probs is not None:
-            kept, value = record.selected[start:stop].astype(np.int64), of_head(record.selected_probs[start:stop], head)
-            value = np.where(kept >= 0, value, 0.0)
+            kept, value = record.selected[start:stop], comparable(record.selected_probs[start:stop], head)
+            value = np.where(kept >= 0, value, value.dtype.type(0))
             if composite:
-                first, last = np.maximum(0, kept * record.ratio - record.look_back), (kept + 1) * record.ratio - 1
-                reach = record.look_back + record.ratio - 1  # tokens from an entry's first source to its last
-                for offset in range(0, reach + pooling[1], pooling[1]):  # one token in every cell the sources touch
-                    scatter(cells, np.minimum(first + offset, last), value)
+                one, reach = np.maximum(0, kept * record.ratio - record.look_back), (kept + 1) * record.ratio - 1
+                scatter(cells, one, value)
+                whose, which = np.nonzero((one - columns[0]) // pooling[1] != (reach - columns[0]) // pooling[1])
+                cells, one, reach, value = cells[whose], one[whose, which], reach[whose, which], value[whose, which]
+                while len(one):  # one token in every further cell that the sources touch
+                    one = np.minimum(one + pooling[1], reach)
+                    scatter(cells, one[:, None], value[:, None])
+                    more = one < reach
+                    cells, one, reach, value = cells[more], one[more], reach[more], value[more]
             else:
                 scatter(cells, window_columns(record) + kept, value)
         if record.entry_probs is not None and record.entries:
-            recorded = of_head(record.entry_probs[start:stop], head)
             edges = np.flatnonzero(np.diff(cells, prepend=-1))  # where a new row of cells begins
-            band = np.maximum.reduceat(recorded, edges, axis=0)  # [h', E]
+            recorded = record.entry_probs[start:stop]
+            if head == "max":  # of rows, then of heads: the same, and nothing is copied
+                band = most_of_heads(np.maximum.reduceat(recorded.view(np.int16), edges, axis=0))
+            else:
+                band = np.maximum.reduceat(comparable(recorded, head), edges, axis=0)  # [h', E]
             spread = _spread(record, band, columns, pooling[1], record.entry_pooling(start), composite)
             grid[cells[edges]] = np.maximum(grid[cells[edges]], spread)
-    return grid
+    return grid if head == "mean" else grid.view(np.float16).astype(np.float32)
+
+
+def comparable(probs: np.ndarray, head: Head) -> np.ndarray:
+    """float16 [..., H, N] -> [..., N] of one head or the maximum over heads, as int16 in the same order, or float32 means."""
+    if head == "mean":
+        total = probs[..., 0, :].astype(np.float32)
+        for one in range(1, probs.shape[-2]):
+            total += probs[..., one, :]
+        return total / np.float32(probs.shape[-2])
+    bits = probs.view(np.int16)
+    return most_of_heads(bits) if head == "max" else bits[..., head, :]
+
+
+def most_of_heads(bits: np.ndarray) -> np.ndarray:
+    """[..., H, N] -> [..., N]: the maximum, half of the heads against the other half, whose rows are neighbours in memory."""
+    while (heads := bits.shape[-2]) > 1:
+        half = heads // 2
+        most = np.maximum(bits[..., :half, :], bits[..., half : 2 * half, :])
+        if heads % 2:
+            np.maximum(most[..., :1, :], bits[..., -1:, :], out=most[..., :1, :])
+        bits = most
+    return bits[..., 0, :]
+
+
+def _window_runs(record: LayerTrace, head: Head, t: np.ndarray, columns: Range, pool: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of queries t [n] pooled to at most one value a cell: columns [n, m] and values [n, m].
+
+    A window's columns are neighbours, so those of one cell are a run of a row; m is about W / pool + 1.
+    """
+    value = comparable(record.window_probs[t[0] : t[-1] + 1], head)
+    oldest = t - record.window + 1
+    over = max(0, columns[1] - int(t[0]))  # queries from here on also see columns beyond the last
+    if over < len(t):
+        value = value.copy()
+        seen = oldest[over:, None] + np.arange(record.window)
+        value[over:][seen >= columns[1]] = 0
+    next_cell = -(oldest - columns[0]) % pool  # where a window goes on into another cell
+    runs = np.minimum(next_cell[:, None] + pool * np.arange(-(-record.window // pool)), record.window - 1)
+    runs = np.concatenate([np.zeros((len(t), 1), np.int64), runs], axis=1)
+    flat = np.ascontiguousarray(value).reshape(-1)
+    most = np.maximum.reduceat(flat, (record.window * np.arange(len(t))[:, None] + runs).reshape(-1)).reshape(runs.shape)
+    return oldest[:, None] + runs, most
 
 
 def _shares(

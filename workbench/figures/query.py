@@ -5,6 +5,8 @@ Columns are counted as in ``workbench.figures.attention``. One letter sizes: L t
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from textwrap import wrap
 from typing import Any
 
@@ -26,7 +28,7 @@ from workbench.figures.attention import (
 )
 from workbench.trace import LayerTrace, Trace
 
-MAX_POINTS = 256  # bars of one kind in a chart; more are pooled by their maximum
+MAX_POINTS = 200  # bars of one kind in a chart; more are pooled by their maximum (a strip has 10 KB)
 TITLE_WIDTH = 54  # characters that fit a chart beside a map
 
 
@@ -157,6 +159,45 @@ def _check_token(record: LayerTrace, token: int) -> None:
         raise InputError(f"the trace has tokens 0..{record.length - 1}, got {token}")
 
 
+def query_facts(trace: Trace, layer: int, token: int, head: Head = "max") -> dict[str, Any]:
+    """Where one query's attention goes as a whole, and how much of its choice others share, as plain values.
+
+    "window", "entries" and "sink" are their shares of the head's probability (of "max", each head's largest, so of the mean
+    instead), None where the layer lacks the place. Where entries are chosen: "kept" of "visible" entries; "before", how many of
+    them the query before kept as well, None for the first; "layers", for each other layer of this kind whose entries have the
+    same ratio, how many of them it kept too.
+    """
+    record = trace.layer(layer)
+    check_head(record, head)
+    _check_token(record, token)
+    one: Head = "mean" if head == "max" else head
+    entry_probs = record.selected_probs if record.selected_probs is not None else record.entry_probs
+    facts: dict[str, Any] = {"window": None, "entries": None, "sink": None, "kept": None, "visible": None, "before": None}
+    for name, probs in (("window", record.window_probs), ("entries", entry_probs), ("sink", record.sink_probs[..., None])):
+        if probs is not None and (name != "window" or record.window) and (name != "sink" or record.has_sink_at(token)):
+            facts[name] = float(of_head(probs[token], one).sum())
+    if record.selected is None and entry_probs is not None and record.entry_pooling(token) > 1:
+        facts["entries"] = None  # recorded as maxima of several entries, which have no sum
+    facts["layers"] = {}
+    if record.selected is not None:
+        mine = _kept_by(record, token)
+        facts |= {"kept": len(mine), "visible": record.visible_entries(token)}
+        facts["before"] = len(mine & _kept_by(record, token - 1)) if token else None
+        for other in trace.layers:
+            if (
+                other is not record
+                and other.selected is not None
+                and (other.ratio, other.kind[:4]) == (record.ratio, record.kind[:4])
+            ):
+                facts["layers"][other.layer] = len(mine & _kept_by(other, token))
+    return facts
+
+
+def _kept_by(record: LayerTrace, token: int) -> set[int]:
+    assert record.selected is not None
+    return set(record.selected[token][record.selected[token] >= 0].tolist())
+
+
 def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.Figure:
     """One query along the text: index scores of the visible entries with the kept ones marked, and where attention went.
 
@@ -165,90 +206,118 @@ def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.
     tokens. More than a few hundred bars are pooled by maximum. Where only the selection is known, one row shows which entries
     were selected, or of how large a share where there are too many to draw each.
     """
+    return go.Figure(strip_chart(trace, layer, token, head))
+
+
+def strip_chart(trace: Trace, layer: int, token: int, head: Head = "max") -> dict[str, Any]:
+    """``query_strip`` as plain values and arrays, {"data", "layout"}: a slider draws it anew with each move, and checking every
+    attribute of a figure takes many times as long as working out what it shows."""
     record = trace.layer(layer)
     check_head(record, head)
     _check_token(record, token)
     chooser = trace.chooser(layer)
     indexed = chooser is not None and record.visible_entries(token) > 0
-    fig = make_subplots(rows=2 if indexed else 1, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    if chooser is not None and indexed:
-        _add_scores(fig, record, chooser, token)
+    layout = deepcopy(_strip_frame(2 if indexed else 1))
+    data = _score_bars(record, chooser, token, layout) if chooser is not None and indexed else []
     if record.selection_only:
-        _add_selected(fig, record, token)
+        data += _selected_bars(record, token, layout)
     else:
-        _add_probs(fig, record, token, head, 2 if indexed else 1)
+        data += _prob_bars(record, token, head, layout, "2" if indexed else "")
     text = style.visible_text(trace.token_texts[token])
     heading = f"layer {layer} ({describe_layer(record)}), {describe_head(record, head)}: query token {token} “{text}”"
     lines = [*wrap(trace.label, TITLE_WIDTH), *wrap(heading, TITLE_WIDTH)]
     above = 14 + 17 * len(lines) + 62  # the title and three lines of legend
-    style.styled(fig, "<br>".join(map(style.chart_text, lines)), above + (310 if indexed else 170))
-    fig.update_layout(bargap=0, barmode="overlay", margin_t=above, showlegend=True)  # also of one kind of bars
-    fig.update_xaxes(title_text="token position", row=2 if indexed else 1, col=1)
-    return fig
+    layout["title"]["text"] = "<br>".join(map(style.chart_text, lines))
+    layout["height"], layout["margin"]["t"] = above + (310 if indexed else 170), above
+    return {"data": data, "layout": layout}
 
 
-def _add_scores(fig: go.Figure, record: LayerTrace, chooser: LayerTrace, token: int) -> None:
+@cache
+def _strip_frame(rows: int) -> dict[str, Any]:
+    """The layout of a strip of one or two rows, without what differs from query to query."""
+    fig = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    style.styled(fig, "strip", 300)
+    fig.update_layout(bargap=0, barmode="overlay", showlegend=True)  # also of one kind of bars
+    fig.update_xaxes(title_text="token position", row=rows, col=1)
+    return fig.to_plotly_json()["layout"]
+
+
+def _score_bars(record: LayerTrace, chooser: LayerTrace, token: int, layout: dict[str, Any]) -> list[dict[str, Any]]:
     scores, name_of_one = chooser.index_scores(token), "token" if record.of_tokens else "entry"
-    entries = np.arange(len(scores))
     kept = record.selected[token] if record.selected is not None else np.zeros(0, np.int32)
-    is_kept = np.isin(entries, kept[kept >= 0])
-    floor = min(0.0, float(scores.min() - 0.05 * np.ptp(scores)))  # bars stand on it: the higher, the better, also below zero
+    is_kept = np.zeros(len(scores), bool)
+    is_kept[kept[kept >= 0]] = True
+    low, high = float(scores.min()), float(scores.max())
+    floor = min(0.0, low - 0.05 * (high - low))  # bars stand on it: the higher, the better, also below zero
+    data: list[dict[str, Any]] = []
     for name, mask, colour, symbol in (
         ("not kept", ~is_kept, style.GREY, None),
         ("kept", is_kept, style.ENTRY_COLOUR, "diamond"),
     ):
-        x, y, width, first = _bars(record, entries[mask], scores[mask])
+        x, y, width, first = _bars(record, np.flatnonzero(mask), scores[mask])
         hover = name_of_one + " %{customdata[0]:.0f}<br>index score %{customdata[1]:.4g}<extra>" + name + "</extra>"
-        told = np.stack([first, y], axis=1)
-        bar = go.Bar(x=x, y=y - floor, base=floor, width=width, customdata=told, name=name, hovertemplate=hover)
-        bar.marker.color = colour
-        fig.add_trace(bar.update(opacity=0.55 if symbol else 0.8, showlegend=symbol is None, marker_line_width=0), row=1, col=1)
+        told = np.stack([first.astype(np.float32), y], axis=1)
+        bar = _bar(x, y - floor, width, name, colour, hover, told, 0.55 if symbol else 0.8)
+        data.append(bar | {"base": floor, "showlegend": symbol is None, "xaxis": "x", "yaxis": "y"})
         if symbol:
-            mark = go.Scatter(x=x, y=y, mode="markers", name=f"{name} ({int(mask.sum())} of {len(scores)})", hoverinfo="skip")
-            fig.add_trace(mark.update(marker={"color": colour, "symbol": symbol, "size": 8}), row=1, col=1)
+            mark = {
+                "type": "scatter",
+                "x": x,
+                "y": y,
+                "mode": "markers",
+                "name": f"{name} ({int(mask.sum())} of {len(scores)})",
+            }
+            mark |= {"hoverinfo": "skip", "marker": {"color": colour, "symbol": symbol, "size": 8}}
+            data.append(mark | {"xaxis": "x", "yaxis": "y"})
     runner = _runner_up(chooser, token)
     if runner >= 0:
-        x, y, _, first = _bars(record, np.array([runner]), scores[[runner]])
+        x, y, _, _ = _bars(record, np.array([runner]), scores[[runner]])
         hover = f"{name_of_one} {runner}, best one not kept<br>index score %{{y:.4g}}<extra></extra>"
-        mark = go.Scatter(x=x, y=y, mode="markers", name="runner-up", hovertemplate=hover)
-        fig.add_trace(mark.update(marker={"color": style.PINK, "symbol": "x", "size": 8}), row=1, col=1)
+        mark = {"type": "scatter", "x": x, "y": y, "mode": "markers", "name": "runner-up", "hovertemplate": hover}
+        data.append(mark | {"marker": {"color": style.PINK, "symbol": "x", "size": 8}, "xaxis": "x", "yaxis": "y"})
     whose = "" if chooser is record else f" of layer {chooser.layer}"
-    fig.update_yaxes(title_text=f"index score{whose}", row=1, col=1)
+    layout["yaxis"]["title"] = {"text": f"index score{whose}"}
+    return data
 
 
-def _add_probs(fig: go.Figure, record: LayerTrace, token: int, head: Head, row: int) -> None:
+def _prob_bars(record: LayerTrace, token: int, head: Head, layout: dict[str, Any], axis: str) -> list[dict[str, Any]]:
     columns, probs, stands_for = source_probs(record, head, token)
     is_entry = columns >= window_columns(record)
     entries, entry_probs = columns[is_entry] - window_columns(record), probs[is_entry]
     order = np.argsort(entries)
     pooled = int(stands_for[is_entry].max(initial=1))
-    bars = []
+    data = []
     if record.ratio:
         x, y, width, first = _bars(record, entries[order], entry_probs[order], pooled)
         name = "tokens" if record.of_tokens else "compressed entries"
         name += f" (maximum of {pooled})" if pooled > 1 else ""
         hover = ("token" if record.of_tokens else "entry") + " %{customdata}<br>probability %{y:.3g}<extra></extra>"
-        look = {"name": name, "marker_color": style.ENTRY_COLOUR, "hovertemplate": hover}
-        bars.append(go.Bar(x=x, y=y, width=width, customdata=first, **look))
+        data.append(_bar(x, y, width, name, style.ENTRY_COLOUR, hover, first.astype(np.int32)))
     if record.window:
         hover = "token %{x}<br>probability %{y:.3g}<extra></extra>"
-        look = {"name": "window tokens", "marker_color": style.WINDOW_COLOUR, "hovertemplate": hover}
-        bars.append(go.Bar(x=columns[~is_entry], y=probs[~is_entry], width=1, **look))
+        near = columns[~is_entry].astype(np.int32)
+        data.append(_bar(near, probs[~is_entry], 1, "window tokens", style.WINDOW_COLOUR, hover))
     start = -0.5
-    if record.has_sink:
+    if record.has_sink_at(token):
         sink = float(of_head(record.sink_probs[token][:, None], head)[0])
         unit = 0.02 * record.length  # the sink has no position: its bar stands before token 0
         start = -3.5 * unit
-        look = {"name": f"sink ({sink:.2g})", "marker_color": style.SINK_COLOUR}
         hover = "sink<br>probability %{y:.3g}<extra></extra>"
-        bars.append(go.Bar(x=[-2 * unit], y=[sink], width=unit, hovertemplate=hover, **look))
-    for bar in bars:
-        fig.add_trace(bar.update(opacity=0.85, marker_line_width=0), row=row, col=1)
-    fig.update_xaxes(range=[start, record.length])
-    fig.update_yaxes(title_text="probability", rangemode="tozero", row=row, col=1)
+        data.append(_bar([-2 * unit], [sink], unit, f"sink ({sink:.2g})", style.SINK_COLOUR, hover))
+    layout[f"xaxis{axis}"]["range"] = [start, record.length]
+    layout[f"yaxis{axis}"] |= {"title": {"text": "probability"}, "rangemode": "tozero"}
+    return [bar | {"xaxis": f"x{axis}", "yaxis": f"y{axis}"} for bar in data]
 
 
-def _add_selected(fig: go.Figure, record: LayerTrace, token: int) -> None:
+def _bar(
+    x: Any, y: Any, width: Any, name: str, colour: str, hover: str, customdata: Any = None, opacity: float = 0.85
+) -> dict[str, Any]:
+    bar = {"type": "bar", "x": x, "y": y, "width": width, "name": name, "hovertemplate": hover, "opacity": opacity}
+    bar["marker"] = {"color": colour, "line": {"width": 0}}
+    return bar if customdata is None else bar | {"customdata": customdata}
+
+
+def _selected_bars(record: LayerTrace, token: int, layout: dict[str, Any]) -> list[dict[str, Any]]:
     """Which visible entries were selected: a mark for each, or shares of groups of neighbours."""
     assert record.selected is not None
     entries = record.visible_entries(token)
@@ -264,15 +333,15 @@ def _add_selected(fig: go.Figure, record: LayerTrace, token: int) -> None:
     told = np.stack([first, last - 1, counts, last - first], axis=1)[shown]
     name = "token" if record.of_tokens else "entry"
     hover = name + " %{customdata[0]}–%{customdata[1]}<br>%{customdata[2]} of %{customdata[3]} selected<extra></extra>"
-    bar = go.Bar(x=x, y=(counts / (last - first))[shown], width=((last - first) * record.ratio)[shown], customdata=told)
     label = f"selected ({int(mark.sum()):,} of {entries:,} {'tokens' if record.of_tokens else 'compressed entries'})"
-    look = {"name": label, "hovertemplate": hover, "marker_color": style.ENTRY_COLOUR, "opacity": 0.85, "marker_line_width": 0}
-    fig.add_trace(bar.update(**look), row=1, col=1)
-    fig.update_xaxes(range=[-0.5, record.length])
-    title = "selected" if group == 1 else f"share selected of {group} neighbours"
-    fig.update_yaxes(title_text=title, range=[0, 1.05], tickvals=[0, 1] if group == 1 else None, row=1, col=1)
+    layout["xaxis"]["range"] = [-0.5, record.length]
     if group == 1:
-        fig.update_yaxes(ticktext=["no", "yes"], row=1, col=1)
+        layout["yaxis"] |= {"title": {"text": "selected"}, "tickvals": [0, 1], "ticktext": ["no", "yes"]}
+    else:
+        layout["yaxis"] |= {"title": {"text": f"share selected of {group} neighbours"}}
+    layout["yaxis"]["range"] = [0, 1.05]
+    width = ((last - first) * record.ratio)[shown]
+    return [_bar(x, (counts / (last - first))[shown], width, label, style.ENTRY_COLOUR, hover, told)]
 
 
 def _bars(record: LayerTrace, entries: np.ndarray, heights: np.ndarray, each: int = 1) -> tuple[np.ndarray, ...]:
@@ -286,4 +355,5 @@ def _bars(record: LayerTrace, entries: np.ndarray, heights: np.ndarray, each: in
     first = entries[starts]
     last = entries[np.minimum(starts + group, len(entries)) - 1] + each - 1
     width = (last - first + 1) * record.ratio
-    return first * record.ratio + (width - 1) / 2, high, width, first
+    centre = (first * record.ratio + (width - 1) / 2).astype(np.float32)
+    return centre, high, width.astype(np.int32), first

@@ -10,6 +10,7 @@ Letters: B batch, W window, D head dim, R compression ratio, K entries per query
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -356,6 +357,27 @@ class KVCache:
             for _, store in layer.parts():
                 if isinstance(store, GrowingRows):
                     store.reserve(tokens // ratio)
+
+    def fork(self) -> KVCache:
+        """A copy that shares nothing with this one but its configuration: what it takes in leaves this one as it is."""
+        self.check_whole()
+        with torch.inference_mode(False):
+            return deepcopy(self, {id(self.config): self.config})
+
+    def mark(self) -> Mark:
+        """What it takes to come back here with ``rewind``: a few numbers, and copies of windows and open blocks."""
+        self.check_whole()
+        stores = [store.mark() for layer in self.layers for _, store in layer.parts()]
+        engram = (self.engram.ids, dict(self.engram.conv)) if self.engram else None  # replaced, never written to
+        return {"length": self.length, "stores": stores, "engram": engram}
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to an earlier ``mark`` of this cache, forgetting the tokens taken in since."""
+        for store, before in zip((s for layer in self.layers for _, s in layer.parts()), mark["stores"], strict=True):
+            store.rewind(before)
+        if self.engram:
+            self.engram.ids, self.engram.conv = mark["engram"][0], dict(mark["engram"][1])
+        self.length, self.whole = mark["length"], True
 
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes holding data, by part, for all sequences of the batch together."""

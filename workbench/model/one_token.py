@@ -28,6 +28,7 @@ from workbench.model.indexer import CACHED_ELEMENTS, Indexer, keep_best, select_
 from workbench.model.kv_cache import BlockTail, GrowingRows, KVCache, LayerCache
 from workbench.model.layers import RMSNorm, rms_scale
 from workbench.model.moe import MoE
+from workbench.model.selection_edits import editing
 
 if TYPE_CHECKING:
     from workbench.model.transformer import V4Model
@@ -36,10 +37,10 @@ STREAMS = 4  # what every released model has, and what the Sinkhorn in plain num
 
 
 def applies(model: V4Model, ids: Tensor, cache: KVCache | None) -> bool:
-    """Whether this call decodes one token of one sequence, in float32 on a CPU, with no gradient and nobody listening."""
+    """Whether this call decodes one token of one sequence, in float32 on a CPU; no gradient, nobody listening, no edit."""
     if cache is None or ids.numel() != 1 or model.config.hc_mult != STREAMS:
         return False
-    return plain(model.embed.weight) and not any(_step_of(model).hooks)
+    return plain(model.embed.weight) and not any(_step_of(model).hooks) and not editing()
 
 
 def plain(x: Tensor) -> bool:

@@ -6,18 +6,18 @@ import base64
 import html
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
 
+from workbench.errors import InputError
 from workbench.figures import style
 from workbench.figures.attention import (
-    SELECTED,
     Head,
     Range,
     Tile,
     attention_tile,
+    check_head,
     column_count,
     composite_tile,
     describe_head,
@@ -28,7 +28,8 @@ from workbench.figures.attention import (
     tokens_each,
     window_columns,
 )
-from workbench.figures.query import describe, query_strip, source_probs
+from workbench.figures.query import describe, query_facts, source_probs, strip_chart
+from workbench.figures.readout import facts_line, readout
 from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.render import Pointer, as_output
@@ -72,6 +73,8 @@ class AttentionExplorer(ipw.VBox):
     touches; changes may come from the session's painter thread. ``close`` stops following.
     """
 
+    _following = False
+
     def __init__(self, source: LiveRun | Trace | Session) -> None:
         self.session = session_of(source)
         self._syncing: int | None = None  # the thread that is copying the session's state into the controls
@@ -81,6 +84,11 @@ class AttentionExplorer(ipw.VBox):
         self.tile: Tile | None = None
         self._make_controls()
         self.title, self.readout = ipw.HTML(), ipw.HTML(layout=ipw.Layout(min_height="44px"))  # two lines, so nothing jumps
+        self.facts = ipw.HTML(layout=ipw.Layout(min_height="24px"))
+        self.line = ipw.Text(
+            description="This view", tooltip="Copy this line: it brings back layer, head, query, view and zoom",
+            layout=ipw.Layout(width="min(100%, 760px)"), style={"description_width": "initial"},
+        )  # fmt: skip
         self.thumbnails = Pointer(mode="text", label="Thumbnails of layers and heads: choose one to look at it")
         self.map = Pointer(
             mode="picture", label="Attention map", layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + LABEL_PIXELS}px")
@@ -97,17 +105,47 @@ class AttentionExplorer(ipw.VBox):
                 ipw.HBox([self.layer, self.head, self.view, self.token, *self.zoom_buttons], layout=wrap),
                 self.readout,
                 ipw.HBox([self.map, self.strip], layout=ipw.Layout(flex_flow="row wrap")),
+                self.facts,
                 self.text,
+                self.line,
             ]
         )
         super().__init__([self.title, self.body])
         self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        self._following = True
         self._redraw()
 
     def close(self) -> None:
-        with suppress(ValueError):  # closed before
+        if self._following:
             self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
+            self._following = False
         super().close()
+
+    def look(
+        self,
+        layer: int,
+        head: Head = "max",
+        token: int = 0,
+        view: str = "both",
+        rows: Range | None = None,
+        columns: Range | None = None,
+    ) -> None:
+        """Show exactly this; what the line under the text says. Raises InputError for what the trace does not have."""
+        with self.session.lock:
+            record = self.session.trace.layer(layer)
+            check_head(record, head)
+            if view not in VIEWS.values() or not 0 <= token < record.length:
+                raise InputError(
+                    f"expected a view of {list(VIEWS.values())} and a token below {record.length}, got {view!r} and {token}"
+                )
+            whole = whole_ranges(record, view_of(record, view))
+            shown = rows or whole[0], columns or whole[1]
+            if not all(a <= x < y <= b for (x, y), (a, b) in zip(shown, whole, strict=True)):
+                raise InputError(f"rows and columns must lie within {whole[0]} and {whole[1]}, got {shown[0]} and {shown[1]}")
+            self.session.layer, self.session.head, self.view.value = layer, head, view
+            self.session.choose_token(token)
+            self._zoom = None if shown == whole else (tuple(shown[0]), tuple(shown[1]))  # type: ignore[assignment]
+        self._redraw()
 
     def _make_controls(self) -> None:
         narrow = {"description_width": "initial"}
@@ -205,7 +243,13 @@ class AttentionExplorer(ipw.VBox):
         with self.session.lock:
             trace = self.session.trace
             if not trace.length or self.session.layer not in [x.layer for x in trace.layers]:
-                self.title.value = TITLE.format(html.escape(trace.label), "waiting for the first step")
+                over = self.session.run is None or self.session.state in FINAL_STATES
+                here = [x.layer for x in trace.layers]
+                why = (
+                    f"layer {self.session.layer} was not recorded; it has {here}" if here else "it holds no recorded attention"
+                )
+                why = why if trace.length and over else "it holds no token" if over else "waiting for the first step"
+                self.title.value = TITLE.format(html.escape(trace.label), why)
                 self.body.layout.display, self._drawn = "none", {}
                 return
             self.body.layout.display = None
@@ -225,7 +269,11 @@ class AttentionExplorer(ipw.VBox):
                 "readout", (trace, record.layer, head, view, token, self._at), self._draw_readout, trace, record, head, token
             )
             self._draw("strip", (trace, record.layer, head, token), self._draw_strip, trace, record, head, token)
+            self._draw("facts", (trace, record.layer, head, token), self._draw_facts, trace, record, head, token)
             self._draw("text", (trace, record.layer, head, token), self._draw_text, trace, record, head, token)
+            asked = f"layer={record.layer}, head={head!r}, token={token}, view={self.view.value!r}"
+            zoom = "" if self._zoom is None else f", rows={self._zoom[0]}, columns={self._zoom[1]}"
+            self.line.value = f"explorer.look({asked}{zoom})"
 
     def _draw(self, part: str, drawn_from: tuple[Any, ...], draw: Callable[..., None], *arguments: Any) -> None:
         if self._drawn.get(part) != drawn_from:
@@ -351,8 +399,11 @@ class AttentionExplorer(ipw.VBox):
         self.readout.value = readout(describe(trace, record.layer, head, row, column))
 
     def _draw_strip(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
-        self.figure = query_strip(trace, record.layer, token, head)
-        self.strip.outputs = (as_output(self.figure),)
+        self.chart = strip_chart(trace, record.layer, token, head)
+        self.strip.outputs = (as_output(self.chart),)
+
+    def _draw_facts(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
+        self.facts.value = facts_line(query_facts(trace, record.layer, token, head), head)
 
     def _draw_text(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         self.text.show(html=text_view(trace, record.layer, head, token))
@@ -447,34 +498,6 @@ def column_title(tile: Tile) -> str:
     if start >= token_columns(layer):
         return entry
     return "token position (sliding window)" + (f", then {entry}" if stop > length else "")
-
-
-def readout(told: dict[str, Any]) -> str:
-    """One escaped line about a cell, from ``describe``."""
-
-    def quoted(text: str) -> str:
-        return f"“<bdi>{html.escape(style.visible_text(text, 60))}</bdi>”"
-
-    sources = told["sources"]
-    where = f"token {sources[0]}" if len(sources) == 1 else f"tokens {sources[0]}–{sources[-1]}"
-    if told["column_kind"] != "token":  # where entries are tokens, there is but one kind
-        where = f"{'window' if told['entry'] is None else 'compressed entry ' + str(told['entry'])}, {where}"
-    line = f"Query {told['query']} {quoted(told['query_text'])} → {where} {quoted(''.join(told['source_texts']))}: "
-    if not told["visible"]:
-        why = "outside its window" if sources[-1] <= told["query"] and told["entry"] is None else "in its future"
-        return f"{line}<b>not visible</b>, {why}."
-    many = "tokens" if told["column_kind"] == "token" else "entries"
-    maximum = f" (maximum of {told['pooled']} {many})" if told["pooled"] > 1 else ""
-    if told["probability"] is None:
-        return f"{line}<b>{SELECTED if told['selected'] else 'not selected'}</b>."
-    line += f"<b>probability {told['probability']:.3g}</b>{maximum}"
-    if told["selected"] is None:
-        return line + "."
-    fate = "kept" if told["selected"] else "best one not kept" if told["runner_up"] else "not kept"
-    if told["index_score"] is None:
-        return f"{line}; {fate}."
-    whose = "" if told["chosen_by"] == told["layer"] else f" in layer {told['chosen_by']}"
-    return f"{line}; index score{whose} {told['index_score']:.4g}, rank {told['rank']} of {told['visible_entries']}, {fate}."
 
 
 def _button(kind: str, value: Any, name: str, png: bytes, pressed: bool) -> str:

@@ -6,23 +6,38 @@ an output is drawn by the page's own plotly renderer, is sent as one message fro
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import anywidget
+import numpy as np
 import plotly.graph_objects as go
 import traitlets as tl
 
 CHART_MIME = "application/vnd.plotly.v1+json"
 
 
-def as_output(fig: go.Figure) -> dict[str, Any]:
-    """``fig`` as a notebook output, for ``out.outputs = (as_output(fig),)``."""
-    chart = json.loads(fig.to_json())
+def as_output(fig: go.Figure | dict[str, Any]) -> dict[str, Any]:
+    """A chart as a notebook output, for ``out.outputs = (as_output(fig),)``; also one of plain values and arrays."""
+    chart = _sent(fig) if isinstance(fig, dict) else json.loads(fig.to_json())
     chart["config"] = {"displaylogo": False}  # "responsive" makes charts of a height given in pixels collapse to none at times
-    title = (fig.layout.title.text or "chart").replace("<br>", " ")
+    title = (chart["layout"].get("title", {}).get("text") or "chart").replace("<br>", " ")
     return {"output_type": "display_data", "data": {CHART_MIME: chart, "text/plain": title}, "metadata": {}}
+
+
+def _sent(value: Any) -> Any:
+    """Arrays as plotly.js takes them, their bytes in base64; everything else as it is."""
+    if isinstance(value, dict):
+        return {name: _sent(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_sent(part) for part in value]
+    if not isinstance(value, np.ndarray):
+        return value
+    kind = {"f": "f", "i": "i"}[value.dtype.kind] + str(value.dtype.itemsize)
+    shape = {"shape": ", ".join(map(str, value.shape))} if value.ndim > 1 else {}
+    return {"dtype": kind, "bdata": base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()} | shape
 
 
 class Pointer(anywidget.AnyWidget):

@@ -18,6 +18,7 @@ from workbench.model.compressor import Compressor
 from workbench.model.indexer import Indexer, IndexQueries, Selection, select_entries
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import GroupedProjection, RMSNorm, Tap, rms_norm, rotate
+from workbench.model.selection_edits import SelectionEdit, edit_of
 
 CHUNK_ELEMENTS = 2**21  # logits and gathered values held at once; the query chunk shrinks as the context grows
 MAX_QUERIES = 512
@@ -80,17 +81,19 @@ class HybridAttention(nn.Module):
         q = self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim))
         q = rotate(rms_norm(q, self.eps), turns.unsqueeze(1))
         new = self._keys(x, turns)
-        decoding = cache is not None and x.shape[1] == 1
+        edit = edit_of(self) if self.kind == "csa" else None
+        decoding = cache is not None and x.shape[1] == 1 and edit is None  # an edit may leave out any number of entries
         keys = self._keys_of_one(new, cache) if decoding and cache else self._with_past(new, cache)
         entries = self._entries(x, at.start, cache)
         index = None
         if self.kind == "csa":
             index = self.indexer(x, qr, turns, at.start, cache)
         outputs = []
-        for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], entries.length, at.topk or self.topk)):
+        step = self._queries_per_chunk(x.shape[0], entries.length, at.topk or self.topk, edit is not None)
+        for first in range(0, x.shape[1], step):
             mine = slice(first, first + step)
             near = keys if decoding else keys[:, first : first + self.window - 1 + q[:, mine].shape[1]]
-            outputs.append(self._attend(q[:, mine], near, at.start + first, entries, index, mine, at.topk, decoding))
+            outputs.append(self._attend(q[:, mine], near, at.start + first, entries, index, mine, at.topk, decoding, edit))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.wo_b(self.wo_a(rotate(out, turns.conj().unsqueeze(1)).flatten(2)))
 
@@ -136,9 +139,9 @@ class HybridAttention(nn.Module):
         cache.compressed.append(entries)
         return cache.compressed
 
-    def _queries_per_chunk(self, batch: int, entries: int, topk: int) -> int:
-        kept = min(entries, topk) if self.kind == "csa" else entries
-        gathered = kept * self.head_dim if kept < entries else 0
+    def _queries_per_chunk(self, batch: int, entries: int, topk: int, edited: bool) -> int:
+        kept = min(entries, topk) if self.kind == "csa" and not edited else entries
+        gathered = kept * self.head_dim if kept < entries or edited else 0
         per_query = batch * (self.heads * (2 * self.window + kept) + gathered + (entries if self.kind == "csa" else 0))
         return max(1, min(MAX_QUERIES, CHUNK_ELEMENTS // max(1, per_query)))
 
@@ -152,6 +155,7 @@ class HybridAttention(nn.Module):
         mine: slice,
         topk: int | None,
         decoding: bool,
+        edit: SelectionEdit | None,
     ) -> Tensor:
         """One chunk of queries from position ``start`` on; one that is ``decoding`` sees all its keys and all entries."""
         t, listening = q.shape[1], self.attention_tap.listening
@@ -164,7 +168,9 @@ class HybridAttention(nn.Module):
             best = select_entries(index.q[:, mine], index.w[:, mine], index.k, closed, kept + 1 if listening else kept)
             selection = Selection(best.scores[..., :kept], best.entries[..., :kept])
             runner_up = Selection(best.scores[..., kept:], best.entries[..., kept:])
-        gathering = selection is not None and kept < entries.length  # otherwise nothing is left out
+            if edit is not None:
+                selection = edit(start, selection)
+        gathering = selection is not None and (kept < entries.length or edit is not None)  # else nothing is left out
         if selection is not None and gathering:
             rows = entries.gather(selection.entries if decoding else selection.entries.clamp(min=0))  # [B, T, K, D]
         else:

@@ -22,6 +22,7 @@ from workbench.model.attention.hybrid import CHUNK_ELEMENTS, MAX_QUERIES, Attent
 from workbench.model.indexer import IndexQueries, Selection, TokenIndexer, select_entries
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import RMSNorm, Tap, rotate
+from workbench.model.selection_edits import SelectionEdit, edit_of
 
 INNER_EPS = 1e-6  # of the norms inside MLA, whatever the model's own
 NAIVE_ELEMENTS = 2**24  # projected keys and values the naive form may hold at once
@@ -53,8 +54,9 @@ class LatentAttention(nn.Module):
         rows = self._rows(x, at, cache)
         index = self.indexer(x, qr, at.turns, cache) if self.kind == "mla-dsa" else None
         kept = rows.length if index is None else min(at.topk or self.topk, rows.length)
+        edit = None if index is None else edit_of(self)
         outputs = []
-        for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], rows.length, kept)):
+        for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], rows.length, kept, edit is not None)):
             mine = slice(first, first + step)
             if index is None:
                 done = self._attend_to_all(q[:, mine], rows, at.start + first, self.attention_tap.listening)
@@ -62,7 +64,7 @@ class LatentAttention(nn.Module):
                     self.attention_tap(everything_seen(at.start + first, done.probs))
                 outputs.append(done.out)
             else:
-                outputs.append(self._attend_to_chosen(q[:, mine], rows, at.start + first, index, mine, kept))
+                outputs.append(self._attend_to_chosen(q[:, mine], rows, at.start + first, index, mine, kept, edit))
         return self.wo(torch.cat(outputs, dim=1).flatten(2))
 
     def remember(self, x: Tensor, at: TokenPositions, cache: LayerCache | None) -> Rows | GrowingRows:
@@ -79,9 +81,9 @@ class LatentAttention(nn.Module):
         cache.kv.append(new)
         return cache.kv
 
-    def _queries_per_chunk(self, batch: int, length: int, kept: int) -> int:
-        width = self.rank + self.rotary
-        gathered = kept * width + length if kept < length else 0  # rows per query, and index scores
+    def _queries_per_chunk(self, batch: int, length: int, kept: int, edited: bool) -> int:
+        width, kept = self.rank + self.rotary, length if edited else kept
+        gathered = kept * width + length if kept < length or edited else 0  # rows per query, and index scores
         per_query = batch * (self.heads * (kept + width) + gathered)
         return max(1, min(MAX_QUERIES, CHUNK_ELEMENTS // max(1, per_query)))
 
@@ -122,15 +124,24 @@ class LatentAttention(nn.Module):
         return form(q, rows.read(0, length).to(q.dtype), start, want_probs)
 
     def _attend_to_chosen(
-        self, q: Tensor, rows: Rows | GrowingRows, start: int, index: IndexQueries, mine: slice, kept: int
+        self,
+        q: Tensor,
+        rows: Rows | GrowingRows,
+        start: int,
+        index: IndexQueries,
+        mine: slice,
+        kept: int,
+        edit: SelectionEdit | None,
     ) -> Tensor:
-        """One chunk of queries: the best ``kept`` of the tokens each may see, by index score."""
-        t, everything, listening = q.shape[1], kept == rows.length, self.attention_tap.listening
+        """One chunk of queries: the best ``kept`` of the tokens each may see, by index score, or what an edit makes of them."""
+        t, everything, listening = q.shape[1], kept == rows.length and edit is None, self.attention_tap.listening
         if everything and not listening:  # nobody asks for the order, and nothing is left out
             return self._attend_to_all(q, rows, start, False).out
         visible = torch.arange(start + 1, start + t + 1, device=q.device)  # tokens each query may see, itself included
         best = select_entries(index.q[:, mine], index.w[:, mine], index.k, visible, kept + 1 if listening else kept)
         selection = Selection(best.scores[..., :kept], best.entries[..., :kept])
+        if edit is not None:
+            selection = edit(start, selection)
         there, numbers = selection.entries >= 0, selection.entries.clamp(min=0)
         if everything:
             out, probs = self._attend_to_all(q, rows, start, True)

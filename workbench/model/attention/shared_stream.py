@@ -29,6 +29,7 @@ from workbench.model.indexer import (
 )
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import GroupedProjection, RMSNorm, Rotary, Tap, rotate
+from workbench.model.selection_edits import edit_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +91,10 @@ class SharedStreamAttention(nn.Module):
         keys, known = self._window_keys(x, turns, cache)
         if self.kind in ("csa2-full", "csa2-reindex"):
             assert stream is not None
-            stream = self._choose(self.indexer(x, qr, turns, stream.keys), stream, at)
+            stream = self._edited(self._choose(self.indexer(x, qr, turns, stream.keys), stream, at), at.start)
         mine = stream if self.ratio else None
+        if self.kind == "csa2-reuse" and mine is not None:
+            mine = self._edited(mine, at.start)  # here alone: later layers reuse the choice as it was made
         outputs = []
         for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], mine)):
             chunk = slice(first, first + step)
@@ -171,6 +174,13 @@ class SharedStreamAttention(nn.Module):
             whole=kept == entries and pool is None,
             candidates=torch.cat(pools, dim=1) if pools else stream.candidates,
         )
+
+    def _edited(self, stream: Stream, start: int) -> Stream:
+        """The stream with its selection as an edit of this layer wants it; as it is without one."""
+        edit = edit_of(self)
+        if edit is None or stream.selection is None:
+            return stream
+        return replace(stream, selection=edit(start, stream.selection), whole=False)
 
     def _closed(self, start: int, t: int, device: torch.device) -> Tensor:
         """Entries complete at each of t queries, [T]."""
