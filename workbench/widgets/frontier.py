@@ -47,7 +47,7 @@ class TrainYourOwn(ipw.VBox):
         self.steps = _menu("Steps", "Optimiser steps; the points that ship took the full number", lengths, STEPS)
         self.train = ipw.Button(description="Train this point", button_style="primary", layout=ipw.Layout(width="auto"))
         self.stop = ipw.Button(description="Stop training", disabled=True, layout=ipw.Layout(width="auto"))
-        self.bar = ipw.FloatProgress(0.0, 0.0, 1.0, layout=ipw.Layout(width="200px"))
+        self.bar = ipw.FloatProgress(value=0.0, min=0.0, max=1.0, layout=ipw.Layout(width="200px"))
         self.status, self.view = ipw.HTML(), ipw.Output()
         self.figure: Any = None
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
