@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
+import plotly.graph_objects as go
 
 from workbench.errors import InputError
 from workbench.figures import style
@@ -120,6 +121,11 @@ class AttentionExplorer(ipw.VBox):
             self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
             self._following = False
         super().close()
+
+    @property
+    def figure(self) -> go.Figure:
+        """The chart of the chosen query, for whoever wants to look into it; drawing does without."""
+        return go.Figure(self.chart)
 
     def look(
         self,
