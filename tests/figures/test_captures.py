@@ -12,7 +12,7 @@ from PIL import Image
 from tests.synthetic import FAMILIES, synthetic_trace
 from workbench.errors import InputError
 from workbench.figures.attention import attention_tile, composite_tile, layer_thumbnails, thumbnails
-from workbench.figures.query import describe, query_strip, source_probs, top_sources
+from workbench.figures.query import MAX_POINTS, describe, query_strip, source_probs, top_sources
 from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.attention import AttentionExplorer
@@ -95,7 +95,9 @@ def test_the_strip_of_many_entries_shows_shares():
     trace = replace(trace, token_texts=("x",) * 4096)
     figure = query_strip(trace, 1, 4095)
     (bar,) = figure.data
-    assert np.asarray(bar.y).tolist() == [1.0, 0.25, 0.5, 0.25] and "4 neighbours" in figure.layout.yaxis.title.text
+    # 1,024 entries in at most MAX_POINTS bars of six: 0 to 3, then 8, then 100 and 101, and 1,023 among the last four
+    assert MAX_POINTS == 200 and "6 neighbours" in figure.layout.yaxis.title.text
+    assert np.asarray(bar.y).tolist() == pytest.approx([4 / 6, 1 / 6, 2 / 6, 1 / 4])
 
 
 @every_case
