@@ -126,10 +126,10 @@ class Point:
         missing = {"recall", "chance", "questions", "text_loss"} - numbers
         if missing:
             raise InputError(f"its scores lack {', '.join(sorted(missing))}")
-        rest = [stored.get(name) for name in ("recipe", "trained_with")]
-        if not all(isinstance(part, dict) for part in rest):
+        recipe, trained_with = stored.get("recipe"), stored.get("trained_with")
+        if not isinstance(scores, dict) or not isinstance(recipe, dict) or not isinstance(trained_with, dict):
             raise InputError("its recipe or what it was trained with is missing")
-        return cls(Variant.from_dict(stored.get("variant")), scores, *rest)
+        return cls(Variant.from_dict(stored.get("variant")), scores, recipe, trained_with)
 
 
 def _is_number(value: Any) -> bool:

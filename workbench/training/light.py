@@ -41,7 +41,7 @@ def best_text_loss() -> float:
 
 def config(kinds: tuple[LayerKind, ...], *, csa_ratio: int, hca_ratio: int, topk: int, engram: bool) -> HybridConfig:
     """The light V4 model: width 64, 2 heads of 64, a window of 16, four experts of which a symbol sees one, one stream."""
-    routed: tuple[Literal["hash", "score"], ...] = ("score",) * len(kinds)
+    routed: tuple[Literal["hash", "score"], ...] = tuple("score" for _ in kinds)
     memory = EngramConfig(layer_ids=(1,), vocab_size=2048, compressed_vocab_size=VOCAB, n_heads=2, head_dim=16)
     return HybridConfig(
         vocab_size=VOCAB,
