@@ -55,7 +55,7 @@ def test_a_point_learns_something_and_comes_out_alike_again():
     again, _ = sweep.train_point(variant)
     assert point.scores == again.scores and point.recipe == again.recipe
     untrained = sweep.score_light(type(model).untrained(variant.config(), variant.seed))
-    assert point.scores["text_loss"] < untrained["text_loss"] - 0.3 and point.scores["questions"] > 20
+    assert point.scores["text_loss"] < untrained["text_loss"] - 0.3 and point.scores["questions"] > 5
     assert said == sorted(said) and said[-1] == 1.0 and len(said) == 12
     assert point.recipe["seed"] == variant.seed and sum(phase["steps"] for phase in point.recipe["phases"]) == 12
 

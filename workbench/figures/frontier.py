@@ -128,7 +128,7 @@ def _families(groups: list[list[Point]], own: Collection[str]) -> list[tuple[str
 
 def _markers(groups: list[list[Point]], places: list[dict[str, Any]], name: str, colour: str) -> dict[str, Any]:
     variants = [group[0].variant for group in groups]
-    bars = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 4, "color": colour}
+    bars = {"type": "data", "symmetric": False, "thickness": 2, "width": 0, "color": colour}
     symbols = [_SYMBOLS[v.hca_share] + ("-open" if v.engram else "") for v in variants]
     return {
         "x": [place["x"] for place in places],

@@ -7,6 +7,8 @@ something for an n-gram memory to know. (reference/tiny-model.md, sections 2 and
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from workbench.config import EngramConfig, HybridConfig, RopeConfig
@@ -39,6 +41,7 @@ def best_text_loss() -> float:
 
 def config(kinds: tuple[LayerKind, ...], *, csa_ratio: int, hca_ratio: int, topk: int, engram: bool) -> HybridConfig:
     """The light V4 model: width 64, 2 heads of 64, a window of 16, four experts of which a symbol sees one, one stream."""
+    routed: tuple[Literal["hash", "score"], ...] = tuple("score" for _ in kinds)
     memory = EngramConfig(layer_ids=(1,), vocab_size=2048, compressed_vocab_size=VOCAB, n_heads=2, head_dim=16)
     return HybridConfig(
         vocab_size=VOCAB,
@@ -50,7 +53,7 @@ def config(kinds: tuple[LayerKind, ...], *, csa_ratio: int, hca_ratio: int, topk
         o_groups=2,
         o_lora_rank=32,
         layer_kinds=kinds,
-        mlp_kinds=tuple("score" for _ in kinds),
+        mlp_kinds=routed,
         n_routed_experts=4,
         num_experts_per_tok=1,
         moe_intermediate_size=32,
