@@ -84,7 +84,7 @@ def measured_cache(model: LanguageModel, tokens: int = 512, storage: str = "fp32
 
 
 def toy_models(seed: int = 0) -> dict[str, LanguageModel]:
-    """A toy for each kind of attention, of one width (CSA2 has a layer more): trained where one ships, else with random weights.
+    """A toy for each kind of attention, of one width (CSA2 has a layer more): trained where one ships, else random weights.
 
     Each says which it is (``model.what``); bytes do not depend on it.
     """
