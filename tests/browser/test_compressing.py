@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-import pytest
-
-from tests.browser.lab import ROOT, Browser, browse, serve
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Playwright
+from tests.browser.lab import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "03_what_compressing_keeps.ipynb"
-FAILED_OUTPUTS = "[data-mime-type='application/vnd.jupyter.stderr'], [data-mime-type='application/vnd.jupyter.error']"
 SAYS_STEP = "([cell, text]) => cell.querySelector('.wb-walk h4')?.innerText.startsWith(text)"
 SAYS = "([cell, text]) => cell.textContent.includes(text)"
 
 
-@pytest.fixture(scope="module")
-def driver(chromium_path: str) -> Iterator[Playwright]:
-    from playwright.sync_api import sync_playwright  # chromium_path has skipped the test if it is missing
-
-    with sync_playwright() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def notebook(driver: Playwright, chromium_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    folder = tmp_path_factory.mktemp("lab")
-    with serve(NOTEBOOK, folder) as url, browse(driver, chromium_path, folder) as browser:
-        browser.open_and_run_all(url)
-        yield browser
-
-
-@pytest.fixture(autouse=True)
-def _nothing_goes_wrong_unseen(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "notebook" in request.fixturenames:
-        assert request.getfixturevalue("notebook").problems == []
-
-
 def test_every_cell_runs_and_every_exercise_asks_its_question(notebook):
-    assert all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in notebook.prompts())
-    assert notebook.page.locator(FAILED_OUTPUTS).count() == 0
+    notebook.check_that_all_ran()
     assert notebook.page.locator(".wb-check").count() == 4
 
 

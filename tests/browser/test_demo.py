@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import pytest
-
-from tests.browser.lab import ROOT, Browser, browse, serve
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Playwright
+from tests.browser.lab import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "demos" / "demo.ipynb"
 ON_SLIDE = "([slide, number]) => slide.dataset.number === String(number)"
 IN_STATE = "([slide, state]) => slide.dataset.state === state"
 
 
-@pytest.fixture(scope="module")
-def driver(chromium_path: str) -> Iterator[Playwright]:
-    from playwright.sync_api import sync_playwright  # chromium_path has skipped the test if it is missing
-
-    with sync_playwright() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def notebook(driver: Playwright, chromium_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    folder = tmp_path_factory.mktemp("lab")
-    with serve(NOTEBOOK, folder) as url, browse(driver, chromium_path, folder) as browser:
-        browser.open_and_run_all(url)
-        yield browser
-
-
 def test_keys_turn_slides_only_after_a_click_and_reset_starts_again(notebook):
-    assert all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in notebook.prompts())
+    notebook.check_that_all_ran()
     cell = notebook.cell('wb.Demo("3 minutes")')
     cell.scroll_into_view_if_needed()
     slide = cell.locator(".wb-slide")

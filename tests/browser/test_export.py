@@ -7,27 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nbformat
-import pytest
 
 from tests.browser.lab import ROOT, Browser, browse
 from workbench.export import MOST_BYTES, export
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Playwright
-
 EVIL = "<p id='evil'>shown</p><script>window.acted = 1</script><img src='{}' onerror='window.acted = 2'>"
 LARGEST = "[...document.querySelectorAll('svg[role=img]')].filter((e) => e.getBoundingClientRect().height > 100).length"
-
-
-@pytest.fixture(scope="module")
-def driver(chromium_path: str) -> Iterator[Playwright]:
-    from playwright.sync_api import sync_playwright  # chromium_path has skipped the test if it is missing
-
-    with sync_playwright() as started:
-        yield started
 
 
 @contextmanager

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nbformat
-import pytest
 
 from tests.browser.lab import Browser, browse, serve
 from workbench.cli import LAB_CONFIG
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Playwright
 
 CELLS = ("import workbench as wb\n\ntrace = wb.Trace.load('needle')", "wb.AttentionExplorer(trace)", "wb.KVCacheGrowth(trace)")
 READY = "window.jupyterapp?.shell?.currentWidget?.sessionContext"
@@ -22,14 +16,6 @@ SAVE = "async () => { await window.jupyterapp.shell.currentWidget.context.save()
 SHUT_DOWN = "async () => { await window.jupyterapp.serviceManager.sessions.shutdownAll(); }"
 LOADED = "[...document.querySelectorAll('img.wb-map, img.wb-chart')].length >= 2 && " \
     "[...document.querySelectorAll('img.wb-map, img.wb-chart')].every((e) => e.complete && e.naturalWidth > 0)"  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def driver(chromium_path: str) -> Iterator[Playwright]:
-    from playwright.sync_api import sync_playwright  # chromium_path has skipped the test if it is missing
-
-    with sync_playwright() as started:
-        yield started
 
 
 def small_notebook(folder: Path) -> Path:
