@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.synthetic import FAMILIES, synthetic_trace
-from workbench.checkpoint import load, shipped_names
+from workbench.checkpoint import load
 from workbench.errors import InputError
 from workbench.figures.slots import cache_slots_html, slots_of
 
@@ -17,7 +17,7 @@ TRACE = synthetic_trace(97)
 
 @pytest.mark.parametrize("length", [5, 16, 17, 39, 40, 127, 128, 131])
 def test_slots_are_those_of_a_live_cache(length):
-    model = load(shipped_names()[0], device="cpu")
+    model = load("tiny-v4", device="cpu")
     ids = torch.randint(model.config.vocab_size, (1, 160), generator=torch.Generator().manual_seed(0))
     trace = synthetic_trace(160, window=model.config.sliding_window, hca_ratio=128)
     cache, alone = model.new_cache(), model.new_cache()
