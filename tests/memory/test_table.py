@@ -599,6 +599,36 @@ def test_several_threads_gather_at_once_and_a_close_meanwhile_harms_none(table):
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+def test_a_close_at_any_moment_is_told_as_one(tmp_path):
+    EngramTable.create(tmp_path / "t", 1009, 96, dtype="fp16").close()
+    wrong: list[Exception] = []
+
+    def work(table: EngramTable) -> None:
+        for _ in range(50):
+            try:
+                table.gather(np.arange(50))
+            except WorkbenchError as error:
+                if "is closed" not in str(error):
+                    wrong.append(error)
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns inside of a call: without care about one round in ten goes wrong
+    try:
+        for _ in range(100):
+            table = EngramTable.open(tmp_path / "t")
+            threads = [threading.Thread(target=work, args=(table,)) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            table.close()
+            for thread in threads:
+                thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
 def test_progress_is_told_drawn_on_a_terminal_and_silent_in_a_pipe(tmp_path, monkeypatch, capsys):
     told: list[float] = []
     EngramTable.create(tmp_path / "t", 2**16, 64, progress=told.append).close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +40,17 @@ def address() -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-def quick_work(variant: dict[str, Any], threads: int) -> dict[str, Any]:
-    """What a worker process does in the test that kills one: the real training, scored on less."""
+def quick_work(gate: Path, variant: dict[str, Any], threads: int) -> dict[str, Any]:
+    """What a worker process does in the test that kills one: the real training, scored on less.
+
+    All points but the first are held at the gate until somebody was killed, so that none ends at that very moment.
+    """
     sweep.SCORED_BATCHES, sweep.SCORED_LENGTH = 1, 128
-    return sweep.train_point(Variant.from_dict(variant))[0].to_dict()
+    point = sweep.train_point(Variant.from_dict(variant))[0].to_dict()
+    deadline = time.monotonic() + 120
+    while variant["seed"] and not gate.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return point
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -149,7 +158,8 @@ def test_a_lost_worker_costs_only_the_point_it_was_at(tmp_path, monkeypatch):
             clusters.append(self)
 
     monkeypatch.setattr(distributed, "LocalCluster", Watched)
-    monkeypatch.setattr(sweep, "_work", quick_work)
+    gate, points = tmp_path / "gate", tmp_path / "points"
+    monkeypatch.setattr(sweep, "_work", functools.partial(quick_work, gate))
     variants = [Variant(seed=seed, steps=6) for seed in range(4)]
     hit: list[str] = []
     begun: Counter[str] = Counter()
@@ -164,15 +174,16 @@ def test_a_lost_worker_costs_only_the_point_it_was_at(tmp_path, monkeypatch):
             nanny = next(nanny for nanny in cluster.workers.values() if nanny.worker_address == busy[0].address)
             hit.append(next(iter(busy[0].processing)).key)
             os.kill(nanny.process.pid, signal.SIGKILL)
+            gate.touch()
 
-    found = sweep.sweep(variants, tmp_path, progress=kill_one)
+    found = sweep.sweep(variants, points, progress=kill_one)
     log = clusters[0].scheduler.transition_log
     for entry in log:
         key, finish = entry[0], entry[2]
         begun[key] += finish == "processing"
     assert hit, "no worker was at work after the first point"
     assert sorted(found.made) == sorted(variant.name for variant in variants) and not found.failed
-    assert {point.variant for point in read_points(tmp_path)[0]} == set(variants)
+    assert {point.variant for point in read_points(points)[0]} == set(variants)
     again = {key for key, times in begun.items() if times > 1}
     assert again == set(hit), "only the point of the worker that was lost is begun a second time"
 

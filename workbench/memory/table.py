@@ -353,14 +353,24 @@ class EngramTable:
 
     def _opened(self) -> FileIO:
         if self._file is None:
-            raise WorkbenchError(f"the table {self.path} is closed; open it again with EngramTable.open")
+            raise self._closed()
         return self._file
+
+    def _closed(self) -> WorkbenchError:
+        return WorkbenchError(f"the table {self.path} is closed; open it again with EngramTable.open")
 
     def _readable(self) -> np.ndarray:
         file, raw = self._opened(), self._raw
-        assert raw is not None
+        if raw is None:
+            raise self._closed()
         # Reading a mapped page beyond the file's end would end this process; asking costs about a microsecond.
-        if not self.in_memory and (size := os.fstat(file.fileno()).st_size) != self.header.file_bytes:
+        try:
+            size = self.header.file_bytes if self.in_memory else os.fstat(file.fileno()).st_size
+        except (OSError, ValueError):  # another thread closed it since the first line
+            raise self._closed() from None
+        if size != self.header.file_bytes:
+            if self._file is None:  # closed since, and its number may already be another file's
+                raise self._closed()
             what = "been cut short" if size < self.header.file_bytes else "grown"
             sizes = f"{size:,} bytes, not {self.header.file_bytes:,}"
             raise WorkbenchError(f"{self.path} has {what} since it was opened ({sizes}); {MAKE_ANEW}")
