@@ -389,6 +389,17 @@ def test_entries_know_their_tokens(trace):
         trace.layer(9)
 
 
+@pytest.mark.parametrize(("at_once", "together"), [(4, 8), (4, 4), (5, 10), (16, 16), (64, 64)])
+def test_index_scores_worked_out_in_pieces_of_any_size_are_the_formula(monkeypatch, trace, at_once, together):
+    monkeypatch.setattr("workbench.trace.SCORED_AT_ONCE", at_once)
+    monkeypatch.setattr("workbench.trace.SCORED_TOGETHER", together)
+    csa = trace.layer(1)
+    for t in (0, 3, 19, 35, 60):
+        keys = csa.index_keys[: csa.visible_entries(t)].astype(np.float64)
+        products = np.maximum(np.einsum("hd,sd->sh", csa.index_queries[t].astype(np.float64), keys), 0)
+        np.testing.assert_allclose(csa.index_scores(t), products @ csa.index_weights[t].astype(np.float64), rtol=1e-5, atol=1e-6)
+
+
 def test_pooling_is_the_least_power_of_two_that_keeps_a_row_short():
     for t in (0, 1, 2047, 2048, 4095, 4096, 5000, 100_000):
         pooling = entry_pooling(t)

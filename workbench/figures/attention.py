@@ -28,7 +28,7 @@ Range = tuple[int, int]  # (start, stop)
 TILE_BYTES = 180_000  # a notebook keeps pictures as base64, a third larger, and a view has 250 KB
 THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 5_000, 56
 MAX_CELL_PIXELS = 32
-CHUNK_VALUES = 1 << 22  # probabilities worked on at once
+CHUNK_VALUES = 1 << 20  # probabilities worked on at once
 SELECTED = "selected (no probabilities in a capture)"
 THUMBNAIL_QUERIES = 8  # of a capture, looked at for each row of a thumbnail's cells; the large map looks at all
 LAYER_NAMES = {
@@ -318,13 +318,18 @@ def _pooled(
 
 def comparable(probs: np.ndarray, head: Head) -> np.ndarray:
     """float16 [..., H, N] -> [..., N] of one head or the maximum over heads, as int16 in the same order, or float32 means."""
-    if head == "mean":
-        total = probs[..., 0, :].astype(np.float32)
-        for one in range(1, probs.shape[-2]):
-            total += probs[..., one, :]
-        return total / np.float32(probs.shape[-2])
     bits = probs.view(np.int16)
-    return most_of_heads(bits) if head == "max" else bits[..., head, :]
+    if head != "mean":
+        return most_of_heads(bits) if head == "max" else bits[..., head, :]
+    # A half's exponent and fraction, put where a single's are, are its value but for the exponents' different zero points:
+    # exact from 0 up, and many times faster than numpy's own conversion.
+    values = (np.maximum(bits, 0).astype(np.int32) << 13).view(np.float32)
+    total = values[..., 0, :].copy()
+    for one in range(1, probs.shape[-2]):
+        total += values[..., one, :]
+    total *= np.float32(2.0 ** (127 - 15))
+    total /= np.float32(probs.shape[-2])
+    return total
 
 
 def most_of_heads(bits: np.ndarray) -> np.ndarray:

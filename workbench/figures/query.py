@@ -5,7 +5,7 @@ Columns are counted as in ``workbench.figures.attention``. One letter sizes: L t
 
 from __future__ import annotations
 
-from copy import deepcopy
+import json
 from functools import cache
 from textwrap import wrap
 from typing import Any
@@ -217,7 +217,7 @@ def strip_chart(trace: Trace, layer: int, token: int, head: Head = "max") -> dic
     _check_token(record, token)
     chooser = trace.chooser(layer)
     indexed = chooser is not None and record.visible_entries(token) > 0
-    layout = deepcopy(_strip_frame(2 if indexed else 1))
+    layout = json.loads(_strip_frame(2 if indexed else 1))
     data = _score_bars(record, chooser, token, layout) if chooser is not None and indexed else []
     if record.selection_only:
         data += _selected_bars(record, token, layout)
@@ -233,13 +233,13 @@ def strip_chart(trace: Trace, layer: int, token: int, head: Head = "max") -> dic
 
 
 @cache
-def _strip_frame(rows: int) -> dict[str, Any]:
-    """The layout of a strip of one or two rows, without what differs from query to query."""
+def _strip_frame(rows: int) -> str:
+    """The layout of a strip of one or two rows as JSON, without what differs from query to query."""
     fig = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     style.styled(fig, "strip", 300)
     fig.update_layout(bargap=0, barmode="overlay", showlegend=True)  # also of one kind of bars
     fig.update_xaxes(title_text="token position", row=rows, col=1)
-    return fig.to_plotly_json()["layout"]
+    return fig.layout.to_json()
 
 
 def _score_bars(record: LayerTrace, chooser: LayerTrace, token: int, layout: dict[str, Any]) -> list[dict[str, Any]]:
