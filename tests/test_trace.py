@@ -397,7 +397,8 @@ def test_index_scores_worked_out_in_pieces_of_any_size_are_the_formula(monkeypat
     for t in (0, 3, 19, 35, 60):
         keys = csa.index_keys[: csa.visible_entries(t)].astype(np.float64)
         products = np.maximum(np.einsum("hd,sd->sh", csa.index_queries[t].astype(np.float64), keys), 0)
-        np.testing.assert_allclose(csa.index_scores(t), products @ csa.index_weights[t].astype(np.float64), rtol=1e-5, atol=1e-6)
+        expected = products @ csa.index_weights[t].astype(np.float64)
+        np.testing.assert_allclose(csa.index_scores(t), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_pooling_is_the_least_power_of_two_that_keeps_a_row_short():
