@@ -151,6 +151,42 @@ def test_what_leaves_the_plot_area_is_cut_off():
     assert blue and min(y for _, y in blue) >= top - 1
 
 
+def test_how_far_a_point_may_be_off_is_drawn_up_and_down_from_it():
+    error = {"type": "data", "array": [2, 0], "arrayminus": [1, 0], "symmetric": False, "width": 0, "thickness": 3}
+    fig = go.Figure(go.Scatter(x=[1, 2], y=[4, 5], mode="markers", error_y=error))
+    (bar,) = [mark for mark in picture(fig).marks if mark.shape == "line" and mark.width == 3]
+    at, other = [mark.points[0] for mark in picture(fig).marks if mark.shape == "dot"]
+    unit = at[1] - other[1]  # pixels of one, upwards
+    assert {x for x, _ in bar.points} == {at[0]}
+    assert sorted(y for _, y in bar.points) == pytest.approx([at[1] - 2 * unit, at[1] + unit])
+
+
+def test_such_ends_lie_within_the_axis_also_of_a_logarithmic_one():
+    fig = go.Figure(go.Scatter(x=[1, 2], y=[10, 100], mode="markers", error_y={"array": [0, 900], "width": 5}))
+    fig.update_yaxes(type="log")
+    drawn = picture(fig)
+    first, second = [mark.points[0] for mark in drawn.marks if mark.shape == "dot"]
+    stem = next(mark for mark in drawn.marks if mark.shape == "line" and {x for x, _ in mark.points} == {second[0]}
+                and mark.clip >= 0 and mark.width == 2)  # fmt: skip
+    top = min(y for _, y in stem.points)
+    assert top == pytest.approx(second[1] - (first[1] - second[1]))  # 1,000 lies as far above 100 as 100 above 10
+    assert drawn.clips[stem.clip][1] <= top
+
+
+@pytest.mark.parametrize("symbol", ["circle-open", "square-open", "diamond-open"])
+def test_an_open_symbol_is_an_outline(symbol):
+    fig = go.Figure(go.Scatter(x=[1], y=[1], mode="markers", marker={"symbol": symbol, "color": "#cc79a7", "size": 12}))
+    (mark,) = [mark for mark in picture(fig).marks if mark.edge == "#cc79a7"]
+    assert mark.colour == "none" and mark.shape == ("dot" if "circle" in symbol else "area")
+
+
+def test_a_line_in_steps_goes_sideways_first():
+    fig = go.Figure(go.Scatter(x=[0, 1, 2], y=[0, 5, 7], mode="lines", line={"shape": "hv", "width": 4}))
+    (line,) = [mark for mark in picture(fig).marks if mark.shape == "line" and mark.width == 4]
+    (a, b, c, d, e) = line.points
+    assert a[1] == b[1] and b[0] == c[0] and c[1] == d[1] and d[0] == e[0] and a[0] < b[0] < d[0]
+
+
 @pytest.mark.parametrize("shape", ["/", "x", "."])
 def test_hatching_stays_within_its_box(shape):
     strokes = hatching(shape, (10, 20, 60, 35))

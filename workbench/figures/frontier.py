@@ -22,6 +22,7 @@ QUALITIES = {
 }
 _RATIO_COLOURS = {2: SKY, 4: BLUE, 8: GREEN, 16: ORANGE}
 _SYMBOLS = {0.0: "circle", 0.5: "diamond", 1.0: "square"}
+_PLACES = {1: "bottom right", 16: "top right"}  # of a label: variants that differ in top-k alone often lie side by side
 _PANELS = (("held", "bytes held"), ("read", "bytes read for one symbol"))
 
 
@@ -137,7 +138,7 @@ def _markers(groups: list[list[Point]], places: list[dict[str, Any]], name: str,
         "name": name,
         "mode": "markers+text",
         "text": [f"k{v.topk}" if v.hca_share < 1 else "" for v in variants],
-        "textposition": "middle right",
+        "textposition": [_PLACES.get(v.topk, "middle right") for v in variants],
         "textfont": {"size": 10, "color": GREY},
         "marker": {
             "symbol": symbols,

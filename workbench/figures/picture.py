@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import unescape
+from itertools import pairwise
 from textwrap import wrap
 from typing import Any, Literal
 
@@ -271,6 +272,7 @@ class _Drawing:
             marked = "markers" in str(trace.get("mode", ""))
             x.reach(px, pad=marked)
             y.reach(py)
+        y.reach(*(end for _, *ends in self._errors(trace) for end in ends))
         return points
 
     def _draw_curve(self, i: int, trace: Mapping[str, Any], default: str) -> None:
@@ -279,8 +281,11 @@ class _Drawing:
         line, look = trace.get("line") or {}, trace.get("marker") or {}
         colour = line.get("color") or (look.get("color") if isinstance(look.get("color"), str) else None) or default
         opacity = float(trace.get("opacity") or 1)
+        self._draw_errors(trace, colour)
         for run in _runs(points):
             path = [(x.px(a), y.px(b)) for a, b, _ in run]
+            if line.get("shape") == "hv":  # sideways first, then up or down
+                path = path[:1] + [at for (_, low), end in pairwise(path) for at in ((end[0], low), end)]
             if trace.get("stackgroup") or trace.get("fill") in ("tozeroy", "tonexty"):
                 below = [(x.px(a), y.px(ground)) for a, _, ground in reversed(run)]
                 self._add("area", [*path, *below], colour=trace.get("fillcolor") or colour, clip=clip, opacity=opacity)
@@ -309,10 +314,37 @@ class _Drawing:
                 if tips and len(self.picture.marks) > first:
                     self.picture.marks[first] = replace(self.picture.marks[first], tip=tips[n])
             if "text" in mode and texts:
-                right = "right" in str(trace.get("textposition", ""))
-                place = (at[0] + (6 if right else 0), at[1] + 4)
-                self._add("text", (place,), text=lines_of(_item(texts, n))[0], anchor="start" if right else "middle")
+                position = str(_item(values_of(trace.get("textposition")), n) or "")
+                right, lower = "right" in position, -9 if "top" in position else 14 if "bottom" in position else 4
+                font = float((trace.get("textfont") or {}).get("size") or 12)
+                place = (at[0] + (6 if right else 0), at[1] + lower)
+                said = lines_of(_item(texts, n))[0]
+                self._add("text", (place,), text=said, anchor="start" if right else "middle", size=font)
             before = at
+
+    def _errors(self, trace: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+        """Every point that says how far it may be off, as (x, lower end, upper end) along the axes."""
+        error = trace.get("error_y") or {}
+        up, x, y = values_of(error.get("array")), *self._pair(trace)
+        down = values_of(error["arrayminus"]) if error.get("arrayminus") is not None else up
+        ys = values_of(trace.get("y")) if up else []
+        ends = []
+        for n, (a, b) in enumerate(zip(values_of(trace.get("x")) or range(len(ys)), ys, strict=False)):
+            if _number(b) is not None and (_item(up, n) or _item(down, n)):
+                low, high = y.number(b - (_item(down, n) or 0)), y.number(b + (_item(up, n) or 0))
+                place = x.number(a), y.number(b) if low is None else low, high  # a logarithmic axis has no place below 0
+                ends += [place] if None not in place else []
+        return ends  # type: ignore[return-value]
+
+    def _draw_errors(self, trace: Mapping[str, Any], default: str) -> None:
+        error, (x, y) = trace.get("error_y") or {}, self._pair(trace)
+        ink, thick = error.get("color") or default, float(error.get("thickness") or 2)
+        half = float(error.get("width", 4))
+        for at, low, high in self._errors(trace):
+            place, ends = x.px(at), (y.px(low), y.px(high))
+            self._add("line", [(place, end) for end in ends], colour=ink, width=thick, clip=self._clip(x, y))
+            for end in ends if half else ():
+                self._add("line", ((place - half, end), (place + half, end)), colour=ink, width=thick, clip=self._clip(x, y))
 
     def _marker(self, at: Point, before: Point | None, look: Mapping[str, Any], n: int, colour: str, clip: int) -> None:
         size = float(_item(values_of(look.get("size", 6)), n) or 0)
@@ -328,9 +360,9 @@ class _Drawing:
     ) -> None:
         (x, y), r = at, size / 2
         outline = {"edge": edge.get("color") if edge.get("width") else None, "width": float(edge.get("width") or 1)}
-        if symbol == "circle-open":
-            self._add("dot", (at,), radius=r, colour="none", edge=colour, width=1.6, clip=clip)
-        elif symbol == "line-ns":
+        if symbol.endswith("-open"):
+            symbol, colour, outline = symbol.removesuffix("-open"), "none", {"edge": colour, "width": 1.6}
+        if symbol == "line-ns":
             self._add("line", ((x, y - r), (x, y + r)), colour=edge.get("color") or colour, width=outline["width"], clip=clip)
         elif symbol in ("x", "cross"):
             tilt = 0.8 * r if symbol == "x" else 0.0
