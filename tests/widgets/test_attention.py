@@ -17,10 +17,11 @@ from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
 from workbench.errors import InputError
 from workbench.figures.attention import attention_tile, composite_tile
-from workbench.figures.query import top_sources
+from workbench.figures.labels import TICKS, ticks
+from workbench.figures.query import painted_column, top_sources
 from workbench.trace import Trace
 from workbench.widgets import attention
-from workbench.widgets.attention import AttentionExplorer, painted_column, ticks, zoomed
+from workbench.widgets.attention import AttentionExplorer
 from workbench.widgets.render import CHART_MIME
 
 TRACE = synthetic_trace(97, seed=11, needle=21)
@@ -38,6 +39,13 @@ def explorer() -> AttentionExplorer:
 def from_page(part: ipw.DOMWidget, **message: Any) -> None:
     """What the page sends when somebody points, clicks or presses a key."""
     part._handle_custom_msg(message, NO_BUFFERS)
+
+
+def asks(widget: AttentionExplorer, **message: Any) -> None:
+    """What the page sends to see another part of the map."""
+    number = widget.map.answered + 1.0
+    from_page(widget.map, **message, ask=number)
+    assert widget.map.answered == number  # or the page would wait
 
 
 def walk(widget: Any) -> list[Any]:
@@ -143,7 +151,8 @@ def test_zooming_keeps_the_place_pointed_at_and_goes_back(explorer):
     whole = explorer.map.png
     from_page(explorer.map, type="hover", row=90, column=100)
     for _ in range(2):
-        from_page(explorer.map, type="zoom", by=1, row=explorer.tile.cell(90, 100)[0], column=explorer.tile.cell(90, 100)[1])
+        row, column = explorer.tile.cell(90, 100)
+        asks(explorer, type="zoom", by=1, row=row, column=column)
     assert explorer.tile.values.shape == (25, 31) and explorer.tile.row_range[1] == 97
     assert tuple(explorer.map.cross) == explorer.tile.cell(90, 100)
     assert explorer.map.row_labels[-1][1].startswith("96 ")  # large cells carry their token's text
@@ -154,17 +163,12 @@ def test_zooming_keeps_the_place_pointed_at_and_goes_back(explorer):
     assert explorer.map.png == whole
 
 
-def test_a_zoom_stays_inside_what_there_is():
-    assert zoomed((0, 97), (0, 97), 0, 1) == (0, 49) and zoomed((0, 97), (0, 97), 96, 1) == (48, 97)
-    assert zoomed((48, 97), (0, 97), 50, -1) == (0, 97) and zoomed((5, 6), (0, 97), 5, 1) == (5, 6)
-
-
 @pytest.mark.parametrize("length", [1, 7, 97, 1999, 131072])
 def test_axes_have_few_round_ticks_inside_the_map(length):
     for start, stop in ((0, length), (0, length + length // 4), (length, length + length // 4)):
         if start < stop:
             found = ticks(start, stop, length)
-            assert 1 <= len(found) <= attention.TICKS + 2 and all(start <= at < stop for at in found)
+            assert 1 <= len(found) <= TICKS + 2 and all(start <= at < stop for at in found)
             assert len(set(found)) == len(found)
 
 
@@ -194,7 +198,7 @@ def test_the_title_says_model_origin_layer_and_pooling():
 
 def test_every_control_has_a_description_and_every_map_a_label(explorer):
     controls = [w for w in walk(explorer) if isinstance(w, (ipw.Dropdown, ipw.BoundedIntText, ipw.Button))]
-    assert len(controls) == 7 and all(control.description for control in controls)
+    assert len(controls) == 8 and all(control.description for control in controls)
     assert all(part.label for part in (explorer.map, explorer.text, explorer.thumbnails))
 
 
@@ -208,7 +212,8 @@ def test_all_that_is_sent_for_a_long_trace_is_small(layer):
 
 
 def test_the_script_stays_a_few_kilobytes():
-    assert (Path(attention.__file__).parent / "pointer.js").stat().st_size < 9_000
+    scripts = [Path(attention.__file__).parent / name for name in ("map.js", "pointer.js")]
+    assert all(script.stat().st_size < 12_000 for script in scripts)
 
 
 def test_a_live_run_appears_step_by_step_and_the_chosen_query_stays():
@@ -263,13 +268,13 @@ def test_a_line_of_python_brings_a_view_back():
     explorer = AttentionExplorer(trace)
     explorer.layer.value, explorer.head.value, explorer.view.value = 1, 2, "composite"
     explorer.token.value = 71
-    from_page(explorer.map, type="zoom", by=1, row=71, column=40)
-    line, zoomed, picture = explorer.line.value, explorer._zoom, explorer.map.png
-    assert zoomed is not None and line.startswith("explorer.look(layer=1, head=2, token=71, view='composite', rows=(")
+    asks(explorer, type="zoom", by=1, row=71, column=40)
+    line, zoomed, picture = explorer.line.value, explorer.navigation.place, explorer.map.png
+    assert zoomed.zoom is not None and line.startswith("explorer.look(layer=1, head=2, token=71, view='composite', rows=(")
     explorer.look(layer=0)
     assert explorer.map.png != picture and explorer.line.value == "explorer.look(layer=0, head='max', token=0, view='both')"
     eval(line, {"explorer": explorer})
-    assert (explorer.line.value, explorer._zoom, explorer.map.png) == (line, zoomed, picture)
+    assert (explorer.line.value, explorer.navigation.place, explorer.map.png) == (line, zoomed, picture)
     for wrong in ({"layer": 9}, {"layer": 1, "head": 8}, {"layer": 1, "token": 97}, {"layer": 1, "view": "x"}):
         with pytest.raises(InputError):
             explorer.look(**wrong)
