@@ -163,6 +163,77 @@ def test_zooming_keeps_the_place_pointed_at_and_goes_back(explorer):
     assert explorer.map.png == whole
 
 
+def test_the_page_asks_for_other_parts_and_gets_one_message_each(explorer):
+    sent: list[dict[str, Any]] = []
+    explorer.map.send_state = lambda key=None: sent.append(explorer.map.get_state(key))
+    asks(explorer, type="select", rows=[20 / 97, 60 / 97], columns=[100 / 121, 110 / 121])
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((20, 60), (100, 110))
+    assert len(sent) == 1 and sent[0]["answered"] == explorer.map.answered and sent[0]["png"] == explorer.map.png
+    asks(explorer, type="pan", rows=0.5, columns=-0.5)
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((40, 80), (95, 105))
+    assert explorer.map.room == [1.0, 17 / 40, 9.5, 1.6]
+    asks(explorer, type="wheel", by=1, y=260, x=160, gesture=7.0, row=20, column=5)
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((50, 70), (95, 100))  # the pointer stays at its pixel
+    asks(explorer, type="back", by=2)
+    assert explorer.tile.row_range == (20, 60) and not explorer.back.disabled
+    asks(explorer, type="whole")
+    explorer.back.click()
+    assert explorer.tile.row_range == (20, 60)
+    explorer.back.click()
+    assert explorer.tile.row_range == (0, 97) and explorer.back.disabled
+
+
+def test_a_request_that_fails_is_answered_all_the_same(explorer):
+    from_page(explorer.map, type="pan", ask=5.5)  # by nothing: not a request of our page
+    assert explorer.map.answered == 5.5 and explorer.tile.row_range == (0, 97)
+
+
+def test_rows_and_columns_can_be_typed(explorer):
+    rows, columns = explorer.range_fields
+    assert (rows.placeholder, columns.placeholder) == ("0:97", "0:e24")
+    rows.value, columns.value = "20:60", "90:e3"
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((20, 60), (90, 100))
+    assert explorer.line.value.endswith("rows=(20, 60), columns=(90, 100))")
+    columns.value = ""
+    assert explorer.tile.column_range == (0, 121) and explorer.tile.row_range == (20, 60)
+    explorer.back.click()
+    assert (rows.value, columns.value) == ("20:60", "90:e3")
+    rows.value = "0:97"
+    assert rows.value == "" and explorer.tile.row_range == (0, 97)
+    explorer.view.value = "entries"
+    assert (columns.value, columns.placeholder) == ("", "0:24")
+    columns.value = "3:9"
+    assert explorer.tile.column_range == (100, 106)
+    explorer.look(layer=1, rows=(1, 9), columns=(2, 8))
+    assert (rows.value, columns.value) == ("1:9", "2:8")
+
+
+def test_a_range_that_is_none_is_answered_with_one_line_and_changes_nothing(explorer):
+    rows, columns = explorer.range_fields
+    rows.value = "20:60"
+    before = explorer.map.sequence, explorer.line.value
+    columns.value = "<b>5"
+    assert "Columns: type first:stop within 0:e24" in explorer.complaint.value and "&lt;b&gt;" in explorer.complaint.value
+    assert (explorer.map.sequence, explorer.line.value) == before and columns.value == "<b>5"
+    explorer.token.value = 40  # what was typed stays until the map shows another part
+    assert columns.value == "<b>5" and explorer.complaint.value
+    columns.value = ""
+    assert explorer.complaint.value == "" and explorer.tile.column_range == (0, 121)
+    columns.value = "x"
+    explorer.back.click()
+    assert explorer.complaint.value == columns.value == rows.value == ""
+
+
+def test_back_also_returns_to_another_view(explorer):
+    explorer.range_fields[1].value = "90:e3"
+    explorer.view.value = "composite"
+    from_page(explorer.map, type="hover", row=90, column=21)
+    assert explorer.tile.column_range == (0, 97)
+    asks(explorer, type="back", by=1)
+    assert explorer.view.value == "both" and explorer.tile.column_range == (90, 100) and not explorer.tile.composite
+    assert "Point at the map" in explorer.readout.value  # columns are others
+
+
 @pytest.mark.parametrize("length", [1, 7, 97, 1999, 131072])
 def test_axes_have_few_round_ticks_inside_the_map(length):
     for start, stop in ((0, length), (0, length + length // 4), (length, length + length // 4)):
@@ -176,8 +247,9 @@ def test_layer_changes_and_shorter_layers_reset_what_no_longer_fits(explorer):
     explorer.view.value = "entries"
     from_page(explorer.map, type="hover", row=96, column=23)
     explorer.zoom_buttons[0].click()
+    assert not explorer.back.disabled
     explorer.layer.value = 2  # HCA has other, fewer columns
-    assert explorer.tile.column_range == (97, 103) and "Point at the map" in explorer.readout.value
+    assert explorer.back.disabled and explorer.tile.column_range == (97, 103) and "Point at the map" in explorer.readout.value
 
 
 def test_markup_in_tokens_is_escaped_in_every_view(explorer):

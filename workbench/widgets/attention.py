@@ -32,12 +32,14 @@ from workbench.figures.readout import facts_line, readout
 from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.navigation import (
+    TILE_PIXELS,
     Navigation,
     Place,
     Ranges,
     first_entry,
     parse_range,
     range_text,
+    side_pixels,
     view_of,
     whole_ranges,
 )
@@ -54,8 +56,6 @@ VIEWS = {
     "window": "window",
     "on one token axis": "composite",
 }
-TILE_PIXELS = 520
-MIN_SIDE_PIXELS = 120  # a picture of few cells is stretched to this
 LABEL_PIXELS = 130  # beside a map, for the labels of its rows
 TEXT_PIXELS = 300
 MOST_THUMBNAILS = 24  # of heads, and of layers; the menus list all
@@ -68,7 +68,10 @@ MAP_KEYS = (
     "Page down, Home and End move by half of what is shown; b or Backspace goes back. The mouse wheel zooms while the map has "
     "the keyboard, or with Ctrl; a drag moves the map, Shift and a drag zoom to a part of it."
 )
-COMPLAINT = "<span role='alert' style='line-height:1.3;display:block;color:var(--jp-error-color1,#b00020)'>{}</span>"
+COMPLAINT = (
+    "<span role='alert' style='display:flex;align-items:center;min-height:32px;font-size:12px;line-height:1.25;"
+    "color:var(--jp-error-color1,#b00020)'>{}</span>"
+)
 TITLE = "<div style='line-height:1.5'><b>{}</b><br>{}</div>"
 
 
@@ -105,11 +108,11 @@ class AttentionExplorer(ipw.VBox):
         self.map.on_msg(self._on_map)
         self.text.on_msg(self._on_text)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
+        controls = (self.layer, self.head, self.view), (self.token, *self.range_fields), (*self.zoom_buttons, self.back)
         self.body = ipw.VBox(
             [
                 self.thumbnails,
-                ipw.HBox([self.layer, self.head, self.view, self.token], layout=wrap),
-                ipw.HBox([*self.range_fields, *self.zoom_buttons, self.back, self.complaint], layout=wrap),
+                ipw.HBox([*(ipw.HBox(part, layout=wrap) for part in controls), self.complaint], layout=wrap),
                 self.readout,
                 ipw.HBox([self.map, self.strip], layout=ipw.Layout(flex_flow="row wrap")),
                 self.facts,
@@ -186,7 +189,7 @@ class AttentionExplorer(ipw.VBox):
             )
             for name, width in (("Rows", 160), ("Columns", 180))
         )  # fmt: skip
-        self.complaint = ipw.HTML(layout=ipw.Layout(flex="1 1 240px", min_height="32px", margin="0 0 0 8px"))
+        self.complaint = ipw.HTML(layout=ipw.Layout(flex="1 1 220px", min_height="32px", margin="0 0 0 8px"))
         self.layer.observe(self._when_chosen("layer"), names="value")
         self.head.observe(self._when_chosen("head"), names="value")
         self.token.observe(self._when_chosen("token"), names="value")
@@ -215,8 +218,9 @@ class AttentionExplorer(ipw.VBox):
     def _when_pressed(self, move: Callable[[], None]) -> Callable[[Any], None]:
         def press(_: Any) -> None:
             with self.session.lock:
-                move()
-                self._redraw()
+                if self.tile is not None:
+                    move()
+                    self._redraw()
 
         return press
 
@@ -234,27 +238,23 @@ class AttentionExplorer(ipw.VBox):
 
     def _on_map(self, _: Any, message: Any, buffers: Any) -> None:
         with self.session.lock, self.map.hold_sync():
+            if self.tile is None:
+                return
             try:
-                if self.tile is not None and "row" in message:  # the cell pointed at
+                if "row" in message:  # the cell pointed at
                     height, width = self.tile.values.shape
                     i, j = min(max(0, message["row"]), height - 1), min(max(0, message["column"]), width - 1)
                     self._at = self.tile.strongest(i, j)
                     if message["type"] == "click":
                         self.session.choose_token(self._at[0])
-                if self.tile is not None and "ask" in message:
-                    self._navigate(self.tile, message)
+                if message["type"] == "zoom":
+                    self._zoom_by(message["by"])
+                elif "ask" in message:
+                    self.navigation.answer(message)
                 self._redraw()
             finally:
                 if "ask" in message:  # the page asks for nothing else before it has this answer
                     self.map.show(answered=message["ask"])
-
-    def _navigate(self, tile: Tile, message: Any) -> None:
-        if message["type"] == "zoom":
-            self._zoom_by(message["by"])
-            return
-        # A picture ends with a whole cell, which may reach beyond the last row or column.
-        rows, columns = (cells * pool for cells, pool in zip(tile.values.shape, tile.pooling, strict=True))
-        self.navigation.answer(message, rows, columns)
 
     def _on_view(self, change: Any) -> None:
         if self._syncing == threading.get_ident():
@@ -403,7 +403,7 @@ class AttentionExplorer(ipw.VBox):
         rows, columns = self.navigation.shown
         make = composite_tile if view == "composite" else attention_tile
         tile = self.tile = make(trace, record.layer, head, rows, columns, TILE_PIXELS)
-        height, width = (max(MIN_SIDE_PIXELS, size * s) for size, s in zip(tile.values.shape, tile.scale, strict=True))
+        height, width = (side_pixels(stop - start)[0] for start, stop in (rows, columns))
         row_labels, column_labels, upright = axis_labels(trace, tile, height, width)
         of_cell = "share selected" if record.selection_only else "maximum"
         pooled = (

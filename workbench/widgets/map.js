@@ -61,6 +61,7 @@ function picture(model, root) {
   const { ask, answered, waiting } = requests(model);
   let at = null, shown = null, url = null, last = 0, timer = null;
   let press = null, dragged = false; // where the button went down, until it goes up; whether it was more than a click
+  let widest = 0, tallest = 0;
   let turn = 0, turned = 0, gesture = 0; // of the wheel
 
   const longest = (labels) => Math.max(0, ...labels.map(([, text]) => text.length));
@@ -170,7 +171,7 @@ function picture(model, root) {
     turn -= (event.deltaY * [1, 33, 400][event.deltaMode]) / DOUBLING_PX; // pixels, lines or pages
     if (Math.abs(turn) < 0.25) return;
     place(event);
-    const [y, x] = shares(event);
+    const area = box.getBoundingClientRect(), y = event.clientY - area.top, x = event.clientX - area.left;
     ask({ type: "wheel", by: turn, y, x, gesture, row: at[0], column: at[1] });
     turn = 0;
   }, { passive: false });
@@ -209,10 +210,15 @@ function picture(model, root) {
       columnTitle.textContent = model.get("column_title");
       hint.textContent = model.get("hint");
       label(rowLabels, "top", model.get("row_labels"));
-      rowLabels.style.width = `${2 + longest(model.get("row_labels"))}ch`;
+      // As long as a part is shown, nothing around the picture moves because its labels or its height are others.
+      const isPart = model.get("room").some((share) => share > 0);
+      widest = Math.max(isPart ? widest : 0, 2 + longest(model.get("row_labels")));
+      rowLabels.style.width = `${widest}ch`;
       label(columnLabels, "left", model.get("column_labels"));
       columnLabels.classList.toggle("wb-upright", model.get("upright"));
       columnLabels.style.height = model.get("upright") ? `${2 + longest(model.get("column_labels"))}ch` : "";
+      tallest = isPart ? Math.max(tallest, root.offsetHeight) : 0;
+      root.style.minHeight = isPart ? `${tallest}px` : "";
       const cell = model.get("cross"); // where the place pointed at lies in a new picture
       if (model.get("png") !== shown) at = cell.length ? [...cell] : null;
       cross();

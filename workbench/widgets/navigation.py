@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from workbench.errors import InputError
-from workbench.figures.attention import Range, column_count, window_columns
+from workbench.figures.attention import Range, cells_of, column_count, window_columns
 from workbench.trace import LayerTrace
 
 Ranges = tuple[Range, Range]  # of rows and of columns
+TILE_PIXELS = 520  # the most of a map's sides
+MIN_SIDE_PIXELS = 120  # a picture of few cells is stretched to this
 MOST_BACK = 100  # steps back that are kept
 MOST_DOUBLINGS = 64  # of one zoom; no map is that large
 ROUNDING = 1e-6  # of places on the screen, so that the edge of a cell does not touch the next one
@@ -54,11 +56,18 @@ def zoomed(old: Range, whole: Range, at: int, by: float) -> Range:
     return placed(at - size // 2, size, whole)
 
 
+def side_pixels(size: int) -> tuple[int, int]:
+    """CSS pixels of the side that shows ``size`` rows or columns, and how many these are with the last cell a whole one."""
+    cells, pool, pixels = cells_of(size, TILE_PIXELS)
+    return max(MIN_SIDE_PIXELS, cells * pixels), cells * pool
+
+
 def zoomed_under(old: Range, whole: Range, place: float, by: float) -> Range:
-    """The same, but what lies at ``place``, in rows or columns from the start of ``old``, stays where it is on the screen."""
+    """The same, but what lies ``place`` CSS pixels into the old picture stays there in the new one, to a row or column."""
     size = resized(old, whole, by)
-    kept = place * size / (old[1] - old[0])
-    return placed(round(old[0] + place - kept), size, whole)
+    (old_pixels, old_reach), (pixels, reach) = side_pixels(old[1] - old[0]), side_pixels(size)
+    before = min(place / pixels, 1.0) * reach
+    return placed(round(old[0] + min(place / old_pixels, 1.0) * old_reach - before), size, whole)
 
 
 def panned(old: Range, whole: Range, by: float) -> Range:
@@ -106,7 +115,7 @@ def parse_range(text: str, whole: Range, name: str, entries_from: int | None = N
             return ends[0], ends[1]
     shown = text if len(text) <= 30 else f"{text[:30]}…"
     all_of_it = range_text(whole, whole, entries_from)
-    raise InputError(f"{name} expects first:stop within {all_of_it}, or nothing for all of them; got {shown!r}")
+    raise InputError(f"{name}: type first:stop within {all_of_it}, or nothing for all; got {shown!r}")
 
 
 def _number(text: str, default: int, whole: Range, entries_from: int | None) -> int | None:
@@ -180,15 +189,16 @@ class Navigation:
     def show_all(self) -> None:
         self.show(*self.whole)
 
-    def answer(self, message: Mapping[str, Any], rows: int, columns: int) -> None:
-        """What a ``MapPointer`` asks for; its picture is ``rows`` and ``columns`` large."""
-        kind, sides = message["type"], (rows, columns)
+    def answer(self, message: Mapping[str, Any]) -> None:
+        """What a ``MapPointer`` asks for; all but a zoom around a cell, which needs to know the cell."""
+        kind = message["type"]
+        rows, columns = sides = [side_pixels(stop - start)[1] for start, stop in self.shown]
         if kind == "back":
             self.back(message["by"])
         elif kind == "whole":
             self.show_all()
         elif kind == "wheel":
-            places, by = (message["y"] * rows, message["x"] * columns), message["by"]
+            places, by = (message["y"], message["x"]), message["by"]
             one, other = (zoomed_under(r, w, at, by) for r, w, at in zip(self.shown, self.whole, places, strict=True))
             self.show(one, other, gesture=message["gesture"])
         elif kind == "pan":

@@ -71,10 +71,10 @@ class MapPointer(Pointer):
 
     ``{"type": "hover" | "click", "row", "column"}`` are in cells. Requests for another part carry ``ask``, a number to be
     repeated in ``answered`` once all that follows is set; the page has one such request out at a time, and adds up what people
-    do meanwhile. Positions and ways are shares of the picture's sides:
-    ``{"type": "zoom", "by": halvings, "row", "column"}`` around a cell, ``{"type": "wheel", "by", "y", "x", "gesture", "row",
-    "column"}`` keeping a place where it is, ``{"type": "pan" | "select", "rows", "columns"}`` a way, or two ends each,
-    ``{"type": "back", "by": steps}`` and ``{"type": "whole"}``.
+    do meanwhile. They are ``{"type": "zoom", "by": halvings, "row", "column"}`` around a cell; ``{"type": "wheel",
+    "by", "y", "x", "gesture", "row", "column"}``, which keeps what is at y and x, in CSS pixels, where it is;
+    ``{"type": "pan", "rows", "columns"}`` by shares of the sides; ``{"type": "select", "rows": [2], "columns": [2]}`` between
+    shares of the sides; ``{"type": "back", "by": steps}`` and ``{"type": "whole"}``.
     """
 
     _esm = (Path(__file__).parent / "map.js").read_text(encoding="utf-8")
