@@ -179,7 +179,8 @@ def test_a_thousand_moves_leave_the_page_as_it_is(notebook):
     for moves in (WARM, MOVES):
         page.evaluate(
             """async ([cell, moves]) => {
-                const picture = cell.querySelector(".wb-picture"), text = [...cell.querySelectorAll(".wb-text")].at(-1);
+                const picture = cell.querySelector(".wb-picture");
+                const text = [...cell.querySelectorAll(".wb-pointer.wb-text")].at(-1);
                 const press = (element, key) => element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
                 for (let move = 0; move < moves; move++) {
                     const before = picture.dataset.sequence;

@@ -415,7 +415,9 @@ class AttentionExplorer(ipw.VBox):
             pooled += "; no compressed entry here, so the window is shown"
         what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(record, head)}{pooled}"
         self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar(record)}")
-        self.map.layout.width = f"{width + LABEL_PIXELS}px"  # so that the chart stands next to it
+        # The chart stands next to it, at one place as long as parts of the map are shown.
+        wide = width if (rows, columns) == self.navigation.whole else TILE_PIXELS
+        self.map.layout.width = f"{wide + LABEL_PIXELS}px"
         at = self._at
         inside = at is not None and all(a <= x < b for x, (a, b) in zip(at, (rows, columns), strict=True))
         self.map.show(

@@ -79,7 +79,8 @@ class MapPointer(Pointer):
 
     _esm = (Path(__file__).parent / "map.js").read_text(encoding="utf-8")
     _css = """
-.wb-picture {display: grid; grid-template-columns: auto auto var(--wb-width, 300px); width: max-content; max-width: 100%;
+.wb-picture {display: grid; grid-template-columns: auto auto var(--wb-width, 300px); align-content: start;
+  width: max-content; max-width: 100%;
   font-family: var(--jp-ui-font-family, sans-serif); font-size: 11px; color: var(--jp-ui-font-color1, inherit); padding: 4px 0}
 .wb-box {grid-column: 3; grid-row: 1; position: relative; width: 100%; height: var(--wb-height); overflow: hidden;
   cursor: crosshair; box-shadow: 0 0 0 1px var(--jp-border-color1, grey)}
