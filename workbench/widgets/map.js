@@ -147,7 +147,8 @@ function picture(model, root) {
     box.focus({ preventScroll: true });
   });
   box.addEventListener("pointermove", (event) => {
-    if (press) return drag(event);
+    if (press && event.buttons) return drag(event);
+    if (press) stop(); // the button went up elsewhere
     place(event);
     hover();
   });
