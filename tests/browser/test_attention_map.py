@@ -87,6 +87,20 @@ def test_the_map_is_moved_by_wheel_drag_keys_and_typed_ranges_and_back(notebook)
     page.keyboard.press("Escape")
     assert here.after(lambda: notebook.press(here.cell, "Back"), "Back shows the whole map") is None
 
+    # However fast it turns, one part is asked for at a time; all of one turning is one step back.
+    drawn = int(here.picture.get_attribute("data-sequence"))
+    here.box.evaluate(
+        """box => {
+            const area = box.getBoundingClientRect(), middle = { clientX: area.x + 100, clientY: area.y + 100 };
+            const turn = { deltaY: -100, ctrlKey: true, bubbles: true, cancelable: true, ...middle };
+            for (let i = 0; i < 30; i++) box.dispatchEvent(new WheelEvent("wheel", turn));
+        }"""
+    )
+    one_row = r"cell => /rows=\((\d+), (\d+)\)/.exec([...cell.querySelectorAll('input')].at(-1).value)"
+    notebook.until(f"{one_row}?.slice(1).reduce((a, b) => b - a) == 1", "one row fills the map", here.cell.element_handle())
+    assert int(here.picture.get_attribute("data-sequence")) - drawn <= 8  # two requests, not thirty
+    assert here.after(lambda: notebook.press(here.cell, "Back"), "Back shows the whole map") is None
+
     # Shift and a drag choose a part, with a band around it; no cell of the notebook is selected.
     page.keyboard.down("Shift")
     here.drag((0.2, 0.3), (0.5, 0.1))
