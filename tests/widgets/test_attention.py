@@ -17,10 +17,11 @@ from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
 from workbench.errors import InputError
 from workbench.figures.attention import attention_tile, composite_tile
-from workbench.figures.query import top_sources
+from workbench.figures.labels import TICKS, ticks
+from workbench.figures.query import painted_column, top_sources
 from workbench.trace import Trace
 from workbench.widgets import attention
-from workbench.widgets.attention import AttentionExplorer, painted_column, ticks, zoomed
+from workbench.widgets.attention import AttentionExplorer
 from workbench.widgets.render import CHART_MIME
 
 TRACE = synthetic_trace(97, seed=11, needle=21)
@@ -38,6 +39,13 @@ def explorer() -> AttentionExplorer:
 def from_page(part: ipw.DOMWidget, **message: Any) -> None:
     """What the page sends when somebody points, clicks or presses a key."""
     part._handle_custom_msg(message, NO_BUFFERS)
+
+
+def asks(widget: AttentionExplorer, **message: Any) -> None:
+    """What the page sends to see another part of the map."""
+    number = widget.map.answered + 1.0
+    from_page(widget.map, **message, ask=number)
+    assert widget.map.answered == number  # or the page would wait
 
 
 def walk(widget: Any) -> list[Any]:
@@ -143,7 +151,8 @@ def test_zooming_keeps_the_place_pointed_at_and_goes_back(explorer):
     whole = explorer.map.png
     from_page(explorer.map, type="hover", row=90, column=100)
     for _ in range(2):
-        from_page(explorer.map, type="zoom", by=1, row=explorer.tile.cell(90, 100)[0], column=explorer.tile.cell(90, 100)[1])
+        row, column = explorer.tile.cell(90, 100)
+        asks(explorer, type="zoom", by=1, row=row, column=column)
     assert explorer.tile.values.shape == (25, 31) and explorer.tile.row_range[1] == 97
     assert tuple(explorer.map.cross) == explorer.tile.cell(90, 100)
     assert explorer.map.row_labels[-1][1].startswith("96 ")  # large cells carry their token's text
@@ -154,9 +163,75 @@ def test_zooming_keeps_the_place_pointed_at_and_goes_back(explorer):
     assert explorer.map.png == whole
 
 
-def test_a_zoom_stays_inside_what_there_is():
-    assert zoomed((0, 97), (0, 97), 0, 1) == (0, 49) and zoomed((0, 97), (0, 97), 96, 1) == (48, 97)
-    assert zoomed((48, 97), (0, 97), 50, -1) == (0, 97) and zoomed((5, 6), (0, 97), 5, 1) == (5, 6)
+def test_the_page_asks_for_other_parts_and_gets_one_message_each(explorer):
+    sent: list[dict[str, Any]] = []
+    explorer.map.send_state = lambda key=None: sent.append(explorer.map.get_state(key))
+    asks(explorer, type="select", rows=[20 / 97, 60 / 97], columns=[100 / 121, 110 / 121])
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((20, 60), (100, 110))
+    assert len(sent) == 1 and sent[0]["answered"] == explorer.map.answered and sent[0]["png"] == explorer.map.png
+    asks(explorer, type="pan", rows=0.5, columns=-0.5)
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((40, 80), (95, 105))
+    assert explorer.map.room == [1.0, 17 / 40, 9.5, 1.6]
+    asks(explorer, type="wheel", by=1, y=260, x=160, gesture=7.0, row=20, column=5)
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((50, 70), (95, 100))  # the pointer stays at its pixel
+    asks(explorer, type="back", by=2)
+    assert explorer.tile.row_range == (20, 60) and not explorer.back.disabled
+    asks(explorer, type="whole")
+    explorer.back.click()
+    assert explorer.tile.row_range == (20, 60)
+    explorer.back.click()
+    assert explorer.tile.row_range == (0, 97) and explorer.back.disabled
+
+
+def test_a_request_that_fails_is_answered_all_the_same(explorer):
+    from_page(explorer.map, type="pan", ask=5.5)  # by nothing: not a request of our page
+    assert explorer.map.answered == 5.5 and explorer.tile.row_range == (0, 97)
+
+
+def test_rows_and_columns_can_be_typed(explorer):
+    rows, columns = explorer.range_fields
+    assert (rows.placeholder, columns.placeholder) == ("0:97", "0:e24")
+    rows.value, columns.value = "20:60", "90:e3"
+    assert (explorer.tile.row_range, explorer.tile.column_range) == ((20, 60), (90, 100))
+    assert explorer.line.value.endswith("rows=(20, 60), columns=(90, 100))")
+    columns.value = ""
+    assert explorer.tile.column_range == (0, 121) and explorer.tile.row_range == (20, 60)
+    explorer.back.click()
+    assert (rows.value, columns.value) == ("20:60", "90:e3")
+    rows.value = "0:97"
+    assert rows.value == "" and explorer.tile.row_range == (0, 97)
+    explorer.view.value = "entries"
+    assert (columns.value, columns.placeholder) == ("", "0:24")
+    columns.value = "3:9"
+    assert explorer.tile.column_range == (100, 106)
+    explorer.look(layer=1, rows=(1, 9), columns=(2, 8))
+    assert (rows.value, columns.value) == ("1:9", "2:8")
+
+
+def test_a_range_that_is_none_is_answered_with_one_line_and_changes_nothing(explorer):
+    rows, columns = explorer.range_fields
+    rows.value = "20:60"
+    before = explorer.map.sequence, explorer.line.value
+    columns.value = "<b>5"
+    assert "Columns: type first:stop within 0:e24" in explorer.complaint.value and "&lt;b&gt;" in explorer.complaint.value
+    assert (explorer.map.sequence, explorer.line.value) == before and columns.value == "<b>5"
+    explorer.token.value = 40  # what was typed stays until the map shows another part
+    assert columns.value == "<b>5" and explorer.complaint.value
+    columns.value = ""
+    assert explorer.complaint.value == "" and explorer.tile.column_range == (0, 121)
+    columns.value = "x"
+    explorer.back.click()
+    assert explorer.complaint.value == columns.value == rows.value == ""
+
+
+def test_back_also_returns_to_another_view(explorer):
+    explorer.range_fields[1].value = "90:e3"
+    explorer.view.value = "composite"
+    from_page(explorer.map, type="hover", row=90, column=21)
+    assert explorer.tile.column_range == (0, 97)
+    asks(explorer, type="back", by=1)
+    assert explorer.view.value == "both" and explorer.tile.column_range == (90, 100) and not explorer.tile.composite
+    assert "Point at the map" in explorer.readout.value  # columns are others
 
 
 @pytest.mark.parametrize("length", [1, 7, 97, 1999, 131072])
@@ -164,7 +239,7 @@ def test_axes_have_few_round_ticks_inside_the_map(length):
     for start, stop in ((0, length), (0, length + length // 4), (length, length + length // 4)):
         if start < stop:
             found = ticks(start, stop, length)
-            assert 1 <= len(found) <= attention.TICKS + 2 and all(start <= at < stop for at in found)
+            assert 1 <= len(found) <= TICKS + 2 and all(start <= at < stop for at in found)
             assert len(set(found)) == len(found)
 
 
@@ -172,8 +247,9 @@ def test_layer_changes_and_shorter_layers_reset_what_no_longer_fits(explorer):
     explorer.view.value = "entries"
     from_page(explorer.map, type="hover", row=96, column=23)
     explorer.zoom_buttons[0].click()
+    assert not explorer.back.disabled
     explorer.layer.value = 2  # HCA has other, fewer columns
-    assert explorer.tile.column_range == (97, 103) and "Point at the map" in explorer.readout.value
+    assert explorer.back.disabled and explorer.tile.column_range == (97, 103) and "Point at the map" in explorer.readout.value
 
 
 def test_markup_in_tokens_is_escaped_in_every_view(explorer):
@@ -194,7 +270,7 @@ def test_the_title_says_model_origin_layer_and_pooling():
 
 def test_every_control_has_a_description_and_every_map_a_label(explorer):
     controls = [w for w in walk(explorer) if isinstance(w, (ipw.Dropdown, ipw.BoundedIntText, ipw.Button))]
-    assert len(controls) == 7 and all(control.description for control in controls)
+    assert len(controls) == 8 and all(control.description for control in controls)
     assert all(part.label for part in (explorer.map, explorer.text, explorer.thumbnails))
 
 
@@ -208,7 +284,8 @@ def test_all_that_is_sent_for_a_long_trace_is_small(layer):
 
 
 def test_the_script_stays_a_few_kilobytes():
-    assert (Path(attention.__file__).parent / "pointer.js").stat().st_size < 9_000
+    scripts = [Path(attention.__file__).parent / name for name in ("map.js", "pointer.js")]
+    assert all(script.stat().st_size < 12_000 for script in scripts)
 
 
 def test_a_live_run_appears_step_by_step_and_the_chosen_query_stays():
@@ -263,13 +340,13 @@ def test_a_line_of_python_brings_a_view_back():
     explorer = AttentionExplorer(trace)
     explorer.layer.value, explorer.head.value, explorer.view.value = 1, 2, "composite"
     explorer.token.value = 71
-    from_page(explorer.map, type="zoom", by=1, row=71, column=40)
-    line, zoomed, picture = explorer.line.value, explorer._zoom, explorer.map.png
-    assert zoomed is not None and line.startswith("explorer.look(layer=1, head=2, token=71, view='composite', rows=(")
+    asks(explorer, type="zoom", by=1, row=71, column=40)
+    line, zoomed, picture = explorer.line.value, explorer.navigation.place, explorer.map.png
+    assert zoomed.zoom is not None and line.startswith("explorer.look(layer=1, head=2, token=71, view='composite', rows=(")
     explorer.look(layer=0)
     assert explorer.map.png != picture and explorer.line.value == "explorer.look(layer=0, head='max', token=0, view='both')"
     eval(line, {"explorer": explorer})
-    assert (explorer.line.value, explorer._zoom, explorer.map.png) == (line, zoomed, picture)
+    assert (explorer.line.value, explorer.navigation.place, explorer.map.png) == (line, zoomed, picture)
     for wrong in ({"layer": 9}, {"layer": 1, "head": 8}, {"layer": 1, "token": 97}, {"layer": 1, "view": "x"}):
         with pytest.raises(InputError):
             explorer.look(**wrong)

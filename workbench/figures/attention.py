@@ -115,6 +115,13 @@ def column_tokens(layer: LayerTrace, column: int) -> tuple[int, ...]:
     return tuple(range(first, last + 1))
 
 
+def cells_of(size: int, max_pixels: int) -> tuple[int, int, int]:
+    """A side of ``size`` rows or columns in at most ``max_pixels``: how many cells, of how many each, how many pixels large."""
+    pool = -(-size // max_pixels)
+    cells = -(-size // pool)
+    return cells, pool, min(MAX_CELL_PIXELS, max_pixels // cells)
+
+
 def entry_name(layer: LayerTrace) -> str:
     """What an entry of this layer is called: a token, where it is no more than that."""
     return "token" if layer.of_tokens else "compressed entry"
@@ -224,7 +231,8 @@ def _tile(
             raise InputError(f"step {step} processed no token in the rows asked for; leave out rows or step")
     columns = _range("columns", columns, width)
     shape = rows[1] - rows[0], columns[1] - columns[0]
-    pooling = -(-shape[0] // max_pixels), -(-shape[1] // max_pixels)
+    sides = [cells_of(size, max_pixels) for size in shape]
+    pooling = sides[0][1], sides[1][1]
     if record.selection_only:
         every = max(1, pooling[0] // THUMBNAIL_QUERIES) if budget == THUMBNAIL_BYTES else 1
         values = _shares(record, rows, columns, pooling, composite, every)
@@ -233,7 +241,7 @@ def _tile(
     visible = _visible(record, rows, columns, pooling, composite)
     values[~visible] = 0.0  # the end of a row recorded pooled may reach past its last visible entry
     height, width = values.shape
-    scale = min(MAX_CELL_PIXELS, max_pixels // height), min(MAX_CELL_PIXELS, max_pixels // width)
+    scale = sides[0][2], sides[1][2]
     png = _png(values, visible, scale, budget)
     return Tile(png, values, visible, pooling, scale, rows, columns, record, head, composite)
 

@@ -357,3 +357,20 @@ def _bars(record: LayerTrace, entries: np.ndarray, heights: np.ndarray, each: in
     width = (last - first + 1) * record.ratio
     centre = (first * record.ratio + (width - 1) / 2).astype(np.float32)
     return centre, high, width.astype(np.int32), first
+
+
+def painted_column(record: LayerTrace, head: Head, row: int, token: int) -> int:
+    """The column behind a token of the composite view: the token itself, or an entry made from it that got more."""
+    if record.selection_only:
+        return token // record.ratio  # drawn over its own block alone; perhaps not complete yet
+    columns, probs, stands_for = source_probs(record, head, row)
+    best, most, tokens = token, 0.0, window_columns(record)
+    for column, prob, count in zip(columns.tolist(), probs.tolist(), stands_for.tolist(), strict=True):
+        first = last = column
+        if column >= tokens:
+            first = record.entry_tokens(column - tokens)[0]
+            last = record.entry_tokens(column - tokens + count - 1)[1]
+        if first <= token <= last and prob > most:
+            own = tokens + token // record.ratio if count > 1 else column  # recorded pooled: the entry it lies in
+            best, most = own, prob
+    return best

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import threading
 from collections.abc import Callable
@@ -25,16 +24,28 @@ from workbench.figures.attention import (
     describe_layer,
     layer_thumbnails,
     thumbnails,
-    token_columns,
-    tokens_each,
     window_columns,
 )
-from workbench.figures.query import describe, query_facts, source_probs, strip_chart
+from workbench.figures.labels import axis_labels, column_title
+from workbench.figures.query import describe, painted_column, query_facts, source_probs, strip_chart
 from workbench.figures.readout import facts_line, readout
 from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
-from workbench.widgets.render import Pointer, as_output
+from workbench.widgets.navigation import (
+    TILE_PIXELS,
+    Navigation,
+    Place,
+    Ranges,
+    first_entry,
+    parse_range,
+    range_text,
+    side_pixels,
+    view_of,
+    whole_ranges,
+)
+from workbench.widgets.render import MapPointer, Pointer, as_output
 from workbench.widgets.session import FINAL_STATES, Session, session_of
+from workbench.widgets.thumbnails import thumbnail_buttons
 
 if TYPE_CHECKING:
     from workbench.live import LiveRun
@@ -45,26 +56,23 @@ VIEWS = {
     "window": "window",
     "on one token axis": "composite",
 }
-TILE_PIXELS = 520
-MIN_SIDE_PIXELS = 120  # a picture of few cells is stretched to this
-MIN_LABEL_PIXELS = 13  # cells at least this large are labelled one by one
 LABEL_PIXELS = 130  # beside a map, for the labels of its rows
-TICKS = 7
 TEXT_PIXELS = 300
 MOST_THUMBNAILS = 24  # of heads, and of layers; the menus list all
+MAP_HINT = (
+    "Wheel with Ctrl, or after a click, zooms; a drag moves; Shift and a drag zoom to a part. "
+    "Keys: + - 0 zoom, Alt and arrows move, b goes back."
+)
+MAP_KEYS = (
+    "Arrow keys move the cross-hair, Enter chooses its query. Plus, minus and zero zoom; Alt and an arrow key, Page up, "
+    "Page down, Home and End move by half of what is shown; b or Backspace goes back. The mouse wheel zooms while the map has "
+    "the keyboard, or with Ctrl; a drag moves the map, Shift and a drag zoom to a part of it."
+)
+COMPLAINT = (
+    "<span role='alert' style='display:flex;align-items:center;min-height:32px;font-size:12px;line-height:1.25;"
+    "color:var(--jp-error-color1,#b00020)'>{}</span>"
+)
 TITLE = "<div style='line-height:1.5'><b>{}</b><br>{}</div>"
-
-_THUMBNAIL_CSS = """<style>
-.wb-thumbs {display: flex; flex-wrap: wrap; gap: 6px; align-items: end; font: 11px var(--jp-ui-font-family, sans-serif);
-  color: var(--jp-ui-font-color1, inherit); padding: 3px}
-.wb-thumbs button {font: inherit; color: inherit; background: none; border: 2px solid transparent; border-radius: 3px;
-  padding: 2px; cursor: pointer}
-.wb-thumbs button:hover {border-color: var(--jp-border-color1, grey)}
-.wb-thumbs button[aria-pressed=true] {border-color: #d55e00; font-weight: bold}
-.wb-thumbs img {display: block; width: 56px; height: 56px; image-rendering: pixelated; margin: 0 auto 2px;
-  box-shadow: 0 0 0 1px var(--jp-border-color2, grey)}
-.wb-thumbs hr {width: 1px; height: 60px; border: 0; margin: 0 6px; background: var(--jp-border-color1, grey)}
-</style>"""
 
 
 class AttentionExplorer(ipw.VBox):
@@ -80,7 +88,7 @@ class AttentionExplorer(ipw.VBox):
         self.session = session_of(source)
         self._syncing: int | None = None  # the thread that is copying the session's state into the controls
         self._drawn: dict[str, Any] = {}
-        self._zoom: tuple[Range, Range] | None = None
+        self.navigation = Navigation("both")
         self._at: tuple[int, int] | None = None  # query and column last pointed at
         self.tile: Tile | None = None
         self._make_controls()
@@ -91,8 +99,8 @@ class AttentionExplorer(ipw.VBox):
             layout=ipw.Layout(width="min(100%, 760px)"), style={"description_width": "initial"},
         )  # fmt: skip
         self.thumbnails = Pointer(mode="text", label="Thumbnails of layers and heads: choose one to look at it")
-        self.map = Pointer(
-            mode="picture", label="Attention map", layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + LABEL_PIXELS}px")
+        self.map = MapPointer(
+            label="Attention map", hint=MAP_HINT, layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + LABEL_PIXELS}px")
         )
         self.strip = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="380px", margin="0 0 0 16px"))
         self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
@@ -100,10 +108,11 @@ class AttentionExplorer(ipw.VBox):
         self.map.on_msg(self._on_map)
         self.text.on_msg(self._on_text)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
+        controls = (self.layer, self.head, self.view), (self.token, *self.range_fields), (*self.zoom_buttons, self.back)
         self.body = ipw.VBox(
             [
                 self.thumbnails,
-                ipw.HBox([self.layer, self.head, self.view, self.token, *self.zoom_buttons], layout=wrap),
+                ipw.HBox([*(ipw.HBox(part, layout=wrap) for part in controls), self.complaint], layout=wrap),
                 self.readout,
                 ipw.HBox([self.map, self.strip], layout=ipw.Layout(flex_flow="row wrap")),
                 self.facts,
@@ -148,9 +157,10 @@ class AttentionExplorer(ipw.VBox):
             shown = rows or whole[0], columns or whole[1]
             if not all(a <= x < y <= b for (x, y), (a, b) in zip(shown, whole, strict=True)):
                 raise InputError(f"rows and columns must lie within {whole[0]} and {whole[1]}, got {shown[0]} and {shown[1]}")
-            self.session.layer, self.session.head, self.view.value = layer, head, view
+            self.session.layer, self.session.head = layer, head
             self.session.choose_token(token)
-            self._zoom = None if shown == whole else (tuple(shown[0]), tuple(shown[1]))  # type: ignore[assignment]
+            ranges: Ranges = (tuple(shown[0]), tuple(shown[1]))  # type: ignore[assignment]
+            self.navigation.go(Place(view, None if ranges == whole else ranges))
         self._redraw()
 
     def _make_controls(self) -> None:
@@ -169,12 +179,29 @@ class AttentionExplorer(ipw.VBox):
                 ("Whole map", "all queries and columns (key 0)"),
             )
         )
+        self.back = ipw.Button(
+            description="Back", tooltip="to what was shown before (key b or Backspace)", layout=ipw.Layout(width="auto")
+        )
+        self.range_fields = tuple(
+            ipw.Text(
+                description=name, tooltip=f"{name} to show, first:stop, stop not included; nothing for all. Enter shows them",
+                continuous_update=False, style=narrow, layout=ipw.Layout(width=f"{width}px"),
+            )
+            for name, width in (("Rows", 160), ("Columns", 180))
+        )  # fmt: skip
+        self.complaint = ipw.HTML(layout=ipw.Layout(flex="1 1 220px", min_height="32px", margin="0 0 0 8px"))
         self.layer.observe(self._when_chosen("layer"), names="value")
         self.head.observe(self._when_chosen("head"), names="value")
         self.token.observe(self._when_chosen("token"), names="value")
         self.view.observe(self._on_view, names="value")
-        for button, by in zip(self.zoom_buttons, (1, -1, 0), strict=True):
-            button.on_click(lambda _, by=by: self._zoom_by(by))
+        for button, move in zip(
+            (*self.zoom_buttons, self.back),
+            (lambda: self._zoom_by(1), lambda: self._zoom_by(-1), self.navigation.show_all, self.navigation.back),
+            strict=True,
+        ):
+            button.on_click(self._when_pressed(move))
+        for field in self.range_fields:
+            field.observe(self._on_range, names="value")
 
     def _when_chosen(self, name: str) -> Callable[[Any], None]:
         def choose(change: Any) -> None:
@@ -187,6 +214,15 @@ class AttentionExplorer(ipw.VBox):
                     setattr(self.session, name, change["new"])
 
         return choose
+
+    def _when_pressed(self, move: Callable[[], None]) -> Callable[[Any], None]:
+        def press(_: Any) -> None:
+            with self.session.lock:
+                if self.tile is not None:
+                    move()
+                    self._redraw()
+
+        return press
 
     # What people do, one thing at a time: under the lock all widgets of the session share.
 
@@ -201,37 +237,54 @@ class AttentionExplorer(ipw.VBox):
             self.session.choose_token(chosen)
 
     def _on_map(self, _: Any, message: Any, buffers: Any) -> None:
-        with self.session.lock:
-            tile = self.tile
-            if tile is None:
+        with self.session.lock, self.map.hold_sync():
+            if self.tile is None:
                 return
-            height, width = tile.values.shape
-            i, j = min(max(0, message["row"]), height - 1), min(max(0, message["column"]), width - 1)
-            self._at = tile.strongest(i, j)
-            if message["type"] == "click":
-                self.session.choose_token(self._at[0])
-            elif message["type"] == "zoom":
-                self._zoom_by(message["by"])
-            self._redraw()
+            try:
+                if "row" in message:  # the cell pointed at
+                    height, width = self.tile.values.shape
+                    i, j = min(max(0, message["row"]), height - 1), min(max(0, message["column"]), width - 1)
+                    self._at = self.tile.strongest(i, j)
+                    if message["type"] == "click":
+                        self.session.choose_token(self._at[0])
+                if message["type"] == "zoom":
+                    self._zoom_by(message["by"])
+                elif "ask" in message:
+                    self.navigation.answer(message)
+                self._redraw()
+            finally:
+                if "ask" in message:  # the page asks for nothing else before it has this answer
+                    self.map.show(answered=message["ask"])
 
     def _on_view(self, change: Any) -> None:
         if self._syncing == threading.get_ident():
             return
         with self.session.lock:
-            self._zoom = self._at = None
+            self.navigation.go(Place(change["new"]))
         self._redraw()
 
-    def _zoom_by(self, by: int) -> None:
-        """Show half as many rows and columns around the last place pointed at (1), twice as many (-1) or all (0)."""
+    def _on_range(self, change: Any) -> None:
+        """Somebody typed rows or columns: show them, or say why not and change nothing."""
+        if self._syncing == threading.get_ident() or self.tile is None:
+            return
         with self.session.lock:
-            if self.tile is None:
+            entries_from = first_entry(self.tile.layer, view_of(self.tile.layer, self.view.value))
+            (rows, columns), whole = self.range_fields, self.navigation.whole
+            try:
+                ranges = (
+                    parse_range(rows.value, whole[0], "Rows"),
+                    parse_range(columns.value, whole[1], "Columns", entries_from),
+                )
+            except InputError as wrong:
+                self.complaint.value = COMPLAINT.format(html.escape(str(wrong)))
                 return
-            whole = whole_ranges(self.tile.layer, view_of(self.tile.layer, self.view.value))
-            old = self.tile.row_range, self.tile.column_range
-            at = self._at or self._strongest(whole[1])
-            rows, columns = (zoomed(r, w, a, by) for r, w, a in zip(old, whole, at, strict=True))
-            self._zoom = None if (rows, columns) == whole else (rows, columns)
+            self.navigation.show(*ranges)
+            self._drawn.pop("ranges", None)  # "0:97" and "" are the same
         self._redraw()
+
+    def _zoom_by(self, by: float) -> None:
+        """``by`` times half as many rows and columns around the last place pointed at, or twice as many if negative."""
+        self.navigation.zoom(self._at or self._strongest(self.navigation.whole[1]), by)
 
     def _strongest(self, columns: Range) -> tuple[int, int]:
         """The chosen query and, of ``columns``, the one it attends to most: where to zoom before anybody has pointed."""
@@ -264,11 +317,15 @@ class AttentionExplorer(ipw.VBox):
             head: Head = self.session.head
             if record.selection_only or (isinstance(head, int) and not 0 <= head < record.heads):
                 head = "max"  # chosen in a layer or model with more heads
-            token, view = min(self.session.token, trace.length - 1), view_of(record, self.view.value)
+            token, view = min(self.session.token, trace.length - 1), view_of(record, self.navigation.place.view)
+            self.navigation.fit(whole_ranges(record, view))
+            self._draw("view", (view,), setattr, self, "_at", None)  # columns of one view are not those of another
             self._sync_controls(trace, record, head, token)
             self._draw("pictures", (*self._progress(trace), record.layer), self._draw_pictures, trace, record)
             self._draw("thumbnails", (self._drawn["pictures"], head), self._draw_thumbnails, record, head)
-            map_of = (trace, record.layer, head, view, self._zoom)
+            ranges = self.navigation.shown
+            self._draw("ranges", (ranges, self.navigation.whole, view), self._draw_ranges, first_entry(record, view))
+            map_of = (trace, record.layer, head, view, ranges)
             self._draw("map", map_of, self._draw_map, trace, record, head, token, view)
             self._draw("mark", (self.tile, token), lambda: self.map.show(mark=self._mark(token)))
             self._draw(
@@ -278,7 +335,7 @@ class AttentionExplorer(ipw.VBox):
             self._draw("facts", (trace, record.layer, head, token), self._draw_facts, trace, record, head, token)
             self._draw("text", (trace, record.layer, head, token), self._draw_text, trace, record, head, token)
             asked = f"layer={record.layer}, head={head!r}, token={token}, view={self.view.value!r}"
-            zoom = "" if self._zoom is None else f", rows={self._zoom[0]}, columns={self._zoom[1]}"
+            zoom = "" if ranges == self.navigation.whole else f", rows={ranges[0]}, columns={ranges[1]}"
             self.line.value = f"explorer.look({asked}{zoom})"
 
     def _draw(self, part: str, drawn_from: tuple[Any, ...], draw: Callable[..., None], *arguments: Any) -> None:
@@ -299,15 +356,14 @@ class AttentionExplorer(ipw.VBox):
             return
         before, now = window_columns(old), window_columns(record)
         if record.length < old.length or (record.ratio, bool(now)) != (old.ratio, bool(before)):  # another run or other columns
-            self._zoom = self._at = None
+            self.navigation.forget()
+            self._at = None
             return
 
         def moved(column: int) -> int:
             return column + (now - before if column >= before else 0)
 
-        if self._zoom is not None:
-            rows, (start, stop) = self._zoom
-            self._zoom = rows, (moved(start), moved(stop - 1) + 1)
+        self.navigation.move_columns(moved)
         if self._at is not None:
             self._at = self._at[0], moved(self._at[1])
 
@@ -327,9 +383,10 @@ class AttentionExplorer(ipw.VBox):
                 name: view for name, view in VIEWS.items() if not record.selection_only or view in ("entries", "composite")
             }
             if dict(self.view.options) != views:  # a capture has no window
-                kept = self.view.value if self.view.value in views.values() else "entries"
                 self.view.options = views
-                self.view.value = kept
+            view = self.navigation.place.view
+            self.view.value = view if view in views.values() else "entries"
+            self.back.disabled = not self.navigation.can_go_back
             self.token.max = trace.length - 1
             self.token.value = token
         finally:
@@ -340,19 +397,13 @@ class AttentionExplorer(ipw.VBox):
 
     def _draw_thumbnails(self, record: LayerTrace, head: Head) -> None:
         layers, heads = self._pictures
-        buttons = [_button("layer", n, f"layer {n}", png, n == record.layer) for n, png in layers]
-        if record.selection_only:
-            heads = []  # one selection for all of them
-        else:
-            buttons.append("<hr>")
-        buttons += [_button("head", h, f"head {h}" if isinstance(h, int) else f"{h}", png, h == head) for h, png in heads]
-        self.thumbnails.show(html=f"{_THUMBNAIL_CSS}<div class='wb-thumbs'>{''.join(buttons)}</div>")
+        self.thumbnails.show(html=thumbnail_buttons(layers, [] if record.selection_only else heads, record.layer, head))
 
     def _draw_map(self, trace: Trace, record: LayerTrace, head: Head, token: int, view: str) -> None:
-        rows, columns = self._zoom or whole_ranges(record, view)
+        rows, columns = self.navigation.shown
         make = composite_tile if view == "composite" else attention_tile
         tile = self.tile = make(trace, record.layer, head, rows, columns, TILE_PIXELS)
-        height, width = (max(MIN_SIDE_PIXELS, size * s) for size, s in zip(tile.values.shape, tile.scale, strict=True))
+        height, width = (side_pixels(stop - start)[0] for start, stop in (rows, columns))
         row_labels, column_labels, upright = axis_labels(trace, tile, height, width)
         of_cell = "share selected" if record.selection_only else "maximum"
         pooled = (
@@ -364,7 +415,9 @@ class AttentionExplorer(ipw.VBox):
             pooled += "; no compressed entry here, so the window is shown"
         what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(record, head)}{pooled}"
         self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar(record)}")
-        self.map.layout.width = f"{width + LABEL_PIXELS}px"  # so that the chart stands next to it
+        # The chart stands next to it, at one place as long as parts of the map are shown.
+        wide = width if (rows, columns) == self.navigation.whole else TILE_PIXELS
+        self.map.layout.width = f"{wide + LABEL_PIXELS}px"
         at = self._at
         inside = at is not None and all(a <= x < b for x, (a, b) in zip(at, (rows, columns), strict=True))
         self.map.show(
@@ -380,9 +433,24 @@ class AttentionExplorer(ipw.VBox):
             row_labels=row_labels,
             column_labels=column_labels,
             upright=upright,
-            label=f"Attention map of {what}. Arrow keys move the cross-hair, Enter chooses its query, plus and minus zoom.",
+            room=self.navigation.room,
+            label=f"Attention map of {what}. {MAP_KEYS}",
         )
         self._drawn["mark"] = (tile, token)
+
+    def _draw_ranges(self, entries_from: int | None) -> None:
+        """What is shown, in the fields where other ranges can be typed; a complaint about what was typed is settled."""
+        self._syncing = threading.get_ident()
+        try:
+            whole = self.navigation.whole
+            for field, shown, all_of_it, entries in zip(
+                self.range_fields, self.navigation.shown, whole, (None, entries_from), strict=True
+            ):
+                field.placeholder = range_text(all_of_it, all_of_it, entries)
+                field.value = "" if shown == all_of_it else range_text(shown, all_of_it, entries)
+            self.complaint.value = ""
+        finally:
+            self._syncing = None
 
     def _mark(self, token: int) -> int:
         """The row of cells that holds the chosen query, -1 if it is not on the map."""
@@ -413,105 +481,6 @@ class AttentionExplorer(ipw.VBox):
 
     def _draw_text(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         self.text.show(html=text_view(trace, record.layer, head, token))
-
-
-def view_of(record: LayerTrace, chosen: str) -> str:
-    """The view that is drawn: a layer whose entries are tokens has one only, and a capture no window."""
-    if record.selection_only and chosen != "composite" and not record.of_tokens:
-        return "entries"
-    return "both" if record.of_tokens else chosen
-
-
-def whole_ranges(record: LayerTrace, view: str) -> tuple[Range, Range]:
-    """All rows, and the columns of a view; a layer without compressed entries shows its window instead."""
-    length, tokens, every = record.length, window_columns(record), column_count(record)
-    columns = {"both": (0, every), "entries": (tokens, every), "window": (0, tokens), "composite": (0, length)}[view]
-    return (0, length), columns if columns[0] < columns[1] else (0, length)
-
-
-def zoomed(old: Range, whole: Range, at: int, by: int) -> Range:
-    """``old`` halved (by=1) or doubled (-1) around ``at``, kept inside ``whole``; all of it for 0."""
-    size = min(whole[1] - whole[0], max(1, (old[1] - old[0] + 1) // 2 if by > 0 else 2 * (old[1] - old[0])))
-    if by == 0 or size == whole[1] - whole[0]:
-        return whole
-    start = min(max(whole[0], at - size // 2), whole[1] - size)
-    return start, start + size
-
-
-def painted_column(record: LayerTrace, head: Head, row: int, token: int) -> int:
-    """The column behind a token of the composite view: the token itself, or an entry made from it that got more."""
-    if record.selection_only:
-        return token // record.ratio  # drawn over its own block alone; perhaps not complete yet
-    columns, probs, stands_for = source_probs(record, head, row)
-    best, most, tokens = token, 0.0, window_columns(record)
-    for column, prob, count in zip(columns.tolist(), probs.tolist(), stands_for.tolist(), strict=True):
-        first = last = column
-        if column >= tokens:
-            first = record.entry_tokens(column - tokens)[0]
-            last = record.entry_tokens(column - tokens + count - 1)[1]
-        if first <= token <= last and prob > most:
-            own = tokens + token // record.ratio if count > 1 else column  # recorded pooled: the entry it lies in
-            best, most = own, prob
-    return best
-
-
-def axis_labels(trace: Trace, tile: Tile, height: int, width: int) -> tuple[list[list[Any]], list[list[Any]], bool]:
-    """Labels as [share of the side, text] for rows and columns, and whether the column labels are written downwards.
-
-    Cells large enough are labelled one by one, with their token's text; otherwise a few positions are.
-    """
-
-    def name(column: int, with_text: bool, length: int) -> str:
-        if column >= length:  # where all columns are entries the title says so
-            return f"entry {column - length}" if length else str(column)
-        return f"{column} {style.visible_text(trace.token_texts[column], 10)}" if with_text else str(column)
-
-    sides = []
-    of_columns = tile.layer.length if tile.composite else token_columns(tile.layer)
-    for (start, stop), pool, pixels, length in (
-        (tile.row_range, tile.pooling[0], height, tile.layer.length),
-        (tile.column_range, tile.pooling[1], width, of_columns),
-    ):
-        each = pool == 1 and pixels / (stop - start) >= MIN_LABEL_PIXELS
-        places = range(start, stop) if each else ticks(start, stop, length)
-        cells = -(-(stop - start) // pool)
-        sides.append([[((at - start) // pool + 0.5) / cells, name(at, each, length)] for at in places])
-    upright = len(sides[1]) > 2 * TICKS or any(" " in str(text) and not str(text).startswith("entry") for _, text in sides[1])
-    return sides[0], sides[1], upright
-
-
-def ticks(start: int, stop: int, length: int) -> list[int]:
-    """Round token positions and round numbers of compressed entries (columns from ``length`` on), about TICKS of them."""
-    step = 1
-    while (stop - start) / step > TICKS:
-        step = step * 2 if str(step)[0] in "15" else step * 5 // 2  # 1, 2, 5, 10, ...
-    tokens = list(range(-(-start // step) * step, min(stop, length), step))
-    first = max(start - length, 0)
-    entries = [length + e for e in range(-(-first // step) * step, stop - length, step)] if stop > length else []
-    if tokens and entries and entries[0] - tokens[-1] < 0.7 * step:
-        tokens.pop()  # it would touch the first entry's label
-    return tokens + entries
-
-
-def column_title(tile: Tile) -> str:
-    """What the columns are, with their unit."""
-    layer, (start, stop) = tile.layer, tile.column_range
-    length, entry = layer.length, f"compressed entry ({tokens_each(layer)} each)"
-    if layer.of_tokens:
-        return "token position; a query " + ("sees the tokens it chose" if layer.selects else "sees every token up to its own")
-    if tile.composite:
-        return f"token position; an entry is painted over its {'own block of' if layer.selection_only else 'source'} tokens"
-    if start >= token_columns(layer):
-        return entry
-    return "token position (sliding window)" + (f", then {entry}" if stop > length else "")
-
-
-def _button(kind: str, value: Any, name: str, png: bytes, pressed: bool) -> str:
-    picture = base64.b64encode(png).decode()
-    return (
-        f"<button data-token='{kind}:{value}' aria-pressed='{str(pressed).lower()}' title='show {name}'>"
-        f"<img alt='' src='data:image/png;base64,{picture}'>{name}</button>"
-    )
 
 
 def _colour_bar(record: LayerTrace) -> str:

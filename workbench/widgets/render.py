@@ -41,21 +41,51 @@ def _sent(value: Any) -> Any:
 
 
 class Pointer(anywidget.AnyWidget):
-    """A picture with a cross-hair over its cells (``mode="picture"``), or HTML with ``data-token`` elements (``"text"``).
+    """HTML with ``data-token`` elements that can be chosen (``mode="text"``); ``MapPointer`` is a picture instead.
 
     Change traits with ``show``, which sends them as one message. The page answers with ``on_msg`` messages:
-    ``{"type": "hover" | "click", "row", "column"}`` in cells, ``{"type": "zoom", "by": 1 | -1 | 0, "row", "column"}``,
     ``{"type": "click", "token": text}`` and ``{"type": "move", "by": 1 | -1}``. ``html`` is shown as it is: escape it.
     """
 
     _esm = (Path(__file__).parent / "pointer.js").read_text(encoding="utf-8")
     _css = """
-.wb-picture {display: grid; grid-template-columns: auto auto var(--wb-width, 300px); width: max-content; max-width: 100%;
+.wb-pointer.wb-text {overflow-y: auto; padding: 2px}
+.wb-pointer.wb-text:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
+"""
+    mode = tl.Enum(("text", "picture"), "text").tag(sync=True)
+    label = tl.Unicode().tag(sync=True)  # read out by screen readers
+    height = tl.Int(0).tag(sync=True)  # CSS pixels of a picture; of a text, the most it takes before it scrolls (0: no limit)
+    html = tl.Unicode().tag(sync=True)
+    sequence = tl.Int(0).tag(sync=True)
+
+    def show(self, **traits: Any) -> None:
+        """Set traits and have the page draw them together."""
+        with self.hold_sync():
+            for name, value in traits.items():
+                setattr(self, name, value)
+            self.sequence += 1
+
+
+class MapPointer(Pointer):
+    """A picture with a cross-hair over its cells, and ways to ask for another part of what it shows.
+
+    ``{"type": "hover" | "click", "row", "column"}`` are in cells. Requests for another part carry ``ask``, a number to be
+    repeated in ``answered`` once all that follows is set; the page has one such request out at a time, and adds up what people
+    do meanwhile. They are ``{"type": "zoom", "by": halvings, "row", "column"}`` around a cell; ``{"type": "wheel",
+    "by", "y", "x", "gesture", "row", "column"}``, which keeps what is at y and x, in CSS pixels, where it is;
+    ``{"type": "pan", "rows", "columns"}`` by shares of the sides; ``{"type": "select", "rows": [2], "columns": [2]}`` between
+    shares of the sides; ``{"type": "back", "by": steps}`` and ``{"type": "whole"}``.
+    """
+
+    _esm = (Path(__file__).parent / "map.js").read_text(encoding="utf-8")
+    _css = """
+.wb-picture {display: grid; grid-template-columns: auto auto var(--wb-width, 300px); align-content: start;
+  width: max-content; max-width: 100%;
   font-family: var(--jp-ui-font-family, sans-serif); font-size: 11px; color: var(--jp-ui-font-color1, inherit); padding: 4px 0}
 .wb-box {grid-column: 3; grid-row: 1; position: relative; width: 100%; height: var(--wb-height); overflow: hidden;
   cursor: crosshair; box-shadow: 0 0 0 1px var(--jp-border-color1, grey)}
 .wb-box:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2); outline-offset: 2px}
-.wb-box img {display: block; width: 100%; height: 100%; image-rendering: pixelated; user-select: none}
+.wb-box img {display: block; width: 100%; height: 100%; image-rendering: pixelated}
 .wb-across, .wb-down, .wb-mark {position: absolute; pointer-events: none; background: #d55e00}
 .wb-across {left: 0; right: 0; height: 1px} .wb-down {top: 0; bottom: 0; width: 1px}
 .wb-mark {left: 0; right: 0; height: 0; background: none; border-top: 1px dashed #cc79a7}
@@ -67,29 +97,24 @@ class Pointer(anywidget.AnyWidget):
 .wb-column-labels span {position: absolute; top: 4px; transform: translateX(-50%); white-space: pre; line-height: 1}
 .wb-upright span {writing-mode: vertical-rl}
 .wb-column-title {grid-column: 3; grid-row: 3; text-align: center}
-.wb-pointer.wb-text {overflow-y: auto; padding: 2px}
-.wb-pointer.wb-text:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
+.wb-box, .wb-box img {user-select: none; -webkit-user-select: none}
+.wb-band {position: absolute; pointer-events: none; border: 1px solid #d55e00; background: rgb(213 94 0 / 0.2)}
+.wb-moving .wb-box {cursor: grabbing} .wb-moving .wb-across, .wb-moving .wb-down {display: none}
+.wb-moving .wb-row-labels, .wb-moving .wb-column-labels {opacity: 0.3}
+.wb-hint {grid-column: 1 / -1; grid-row: 4; width: 0; min-width: 100%; margin-top: 4px; opacity: 0.8}
 """
-    mode = tl.Enum(("picture", "text"), "picture").tag(sync=True)
-    label = tl.Unicode().tag(sync=True)  # read out by screen readers
+    mode = tl.Enum(("text", "picture"), "picture").tag(sync=True)
     png = tl.Bytes().tag(sync=True)
     rows = tl.Int(1).tag(sync=True)  # cells
     columns = tl.Int(1).tag(sync=True)
     cross: tl.List[int] = tl.List().tag(sync=True)  # [row, column] of the cross-hair in a new picture, [] for none
     mark = tl.Int(-1).tag(sync=True)  # the chosen row of cells
     width = tl.Int(300).tag(sync=True)  # CSS pixels
-    height = tl.Int(0).tag(sync=True)  # of the picture; of a text, the most it takes before it scrolls (0: no limit)
     row_title = tl.Unicode().tag(sync=True)
     column_title = tl.Unicode().tag(sync=True)
     row_labels: tl.List[Any] = tl.List().tag(sync=True)  # [[share of the side, text], ...]
     column_labels: tl.List[Any] = tl.List().tag(sync=True)
     upright = tl.Bool(False).tag(sync=True)  # column labels written downwards
-    html = tl.Unicode().tag(sync=True)
-    sequence = tl.Int(0).tag(sync=True)
-
-    def show(self, **traits: Any) -> None:
-        """Set traits and have the page draw them together."""
-        with self.hold_sync():
-            for name, value in traits.items():
-                setattr(self, name, value)
-            self.sequence += 1
+    hint = tl.Unicode().tag(sync=True)  # under the picture
+    room: tl.List[float] = tl.List().tag(sync=True)  # how far it can be moved up, down, left, right, in shares of its sides
+    answered = tl.Float(0.0).tag(sync=True)  # the request for another part that all this answers

@@ -123,7 +123,7 @@ class _Still:
         inner = inside | {model_id}
         if "children" in state:
             return self._box(kind, state, inner)
-        if {"mode", "png", "html"} <= set(state):  # our Pointer
+        if {"mode", "html", "sequence"} <= set(state):  # our Pointer
             return self._pointer(state)
         if kind == "Output":
             outputs = [o for o in state.get("outputs") or () if isinstance(o, Mapping)]
