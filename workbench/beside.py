@@ -1,10 +1,10 @@
-"""Dense attention beside the sparse one, of the same weights: what a layer would look at if it left nothing out, and what it misses.
+"""Dense attention beside the sparse one: what the same weights would look at with nothing left out, and what a choice misses.
 
-The model runs as it is. Where a layer is about to choose, the same queries also meet every entry that is complete, with the same
-window and sink; the result goes into a small picture and a few sums, and nowhere else. So later layers see what they always see,
-and what is held at once is a block of queries times the entries, never L x L. On the way it is counted how far a choice agrees
-with an earlier layer's or an earlier query's, and what would be missed if that one were used instead.
-Letters: L tokens, T queries, H heads, W window, S entries, K kept entries, P cells a side. (reference/deepseek-v4.md, section 2)
+The model runs as it is. Where a layer is about to choose, the same queries also meet every entry that is complete, with the
+same window and sink; what comes out goes into a small picture and a few sums, and nowhere else. So later layers see what they
+always see, and what is held at once is a block of queries times the entries, never L x L. On the way it is counted how far a
+choice agrees with an earlier layer's or an earlier query's, and what would be missed if that one were used instead.
+Letters: L tokens, T queries, H heads, W window, S entries, K kept entries, P cells. (reference/deepseek-v4.md, section 2)
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Reuse:
     """A layer's choice beside one made earlier: by layer ``source`` for the same query, or by itself ``lag`` tokens before.
 
     Means over ``queries`` that leave something out. ``overlap``: the share of kept entries that the earlier choice has too;
-    ``by_chance``: the share it would have by luck; ``missed``: the attention (0 to 1, mean over heads) that is missed as it is, and
-    ``missed_reusing`` if the earlier choice were used. ``same_choice`` where the model reuses it anyway (V4.1).
+    ``by_chance``: the share it would have by luck; ``missed``: the attention (0 to 1, mean over heads) that is missed as it is,
+    and ``missed_reusing`` if the earlier choice were used. ``same_choice`` where the model reuses it anyway (V4.1).
     """
 
     layer: int
@@ -113,7 +113,7 @@ def dense_beside(
     progress: Report | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Beside:
-    """Read ``text`` (or token ids) once and see what each of ``layers``, all that select, would attend to with nothing left out.
+    """Read ``text`` (or token ids) once and see what ``layers``, all that select, would attend to if they kept everything.
 
     ``topk`` keeps another number of entries and ``window`` is a smaller sliding window, in every layer: what the weights allow.
     Time grows with L x S, memory with L: at most ``BLOCK_VALUES`` probabilities at once and pictures of ``pixels`` a side.
@@ -187,7 +187,7 @@ def with_window(model: LanguageModel, window: int | None) -> LanguageModel:
     if not model.config.sliding_window:
         raise InputError(f"{model.name} has no sliding window to set; leave window out")
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < model.config.sliding_window:
-        raise InputError(f"window must be 1 to {model.config.sliding_window}, what {model.name} was trained with, got {window!r}")
+        raise InputError(f"window must be 1 to {model.config.sliding_window}, as {model.name} was trained, got {window!r}")
     with torch.random.fork_rng(devices=[]):
         twin = type(model)(replace(model.config, sliding_window=window)).to(model.device)
     for name, part in model.named_children():
@@ -288,7 +288,7 @@ class _Layer:
     selected: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))  # [L, K]
     missed: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     on_entries: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    reused: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (source, lag) -> missed with it, mean over heads [L]
+    reused: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (source, lag) -> missed with that choice, [L]
     deviation: float = 0.0
 
     def __post_init__(self) -> None:
@@ -397,8 +397,8 @@ class _Layer:
         chance = np.minimum(before[left_out] / reach, 1.0)
         missed = self.missed[at].mean(1)
         with_other = self.reused[other.layer, lag][at]
-        means = (float(x.mean()) for x in (common / kept[at], chance, missed, with_other))
-        return Reuse(self.layer, other.layer, lag, len(at), *means, same)
+        overlap, by_chance, own, others = (float(x.mean()) for x in (common / kept[at], chance, missed, with_other))
+        return Reuse(self.layer, other.layer, lag, len(at), overlap, by_chance, own, others, same)
 
 
 def _choosers(model: LanguageModel) -> dict[int, int]:
@@ -432,7 +432,7 @@ def _most(difference: Tensor) -> float:
 
 
 def dense_probs(attention: Any, inputs: AttentionInputs, start: int, t: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of queries start..start+t-1 with every complete entry kept: window [t, H, W], entries [t, H, S], sink [t, H].
+    """Attention of queries start..start+t-1 with every complete entry kept: window [t, H, W], entries [t, H, S], sink [t, H].
 
     ``inputs`` are what the layer was given in a call that holds these queries, of one sequence.
     """

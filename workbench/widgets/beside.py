@@ -1,0 +1,184 @@
+"""Dense attention beside the sparse one, and two runs one minus the other: menus, two sliders, pictures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as ipw
+
+from workbench.differences import compare_runs
+from workbench.errors import WorkbenchError
+from workbench.figures.attention import Head, describe_layer
+from workbench.figures.beside import beside_maps, missed_chart, reuse_chart, reuse_html
+from workbench.figures.difference import DifferenceTile, difference_html, difference_map, difference_tile
+from workbench.trace import LayerTrace, Trace
+from workbench.widgets.render import as_output
+
+if TYPE_CHECKING:
+    from workbench.beside import Beside
+
+NARROW = {"description_width": "initial"}
+WRAP = ipw.Layout(flex_flow="row wrap", align_items="center")
+TABS = ("Dense beside sparse", "What reuse would save")
+OTHER_RATIOS = "Another compression ratio needs other weights: train a variant of your own (notebook 11)."
+
+
+class DenseBeside(ipw.VBox):
+    """One text read by one model: what a layer attends to beside what it would with every entry kept, and what reuse would do.
+
+    Top-k and window are what the weights allow to be changed; *Read again* reads the text with them, in the background, and
+    *Stop* ends that. ``found`` is the ``wb.dense_beside`` shown; ``layer`` and ``head`` choose the picture. Given none, the
+    text is read before the widget is there. Raises InputError as ``wb.dense_beside``.
+    """
+
+    def __init__(self, model: Any, text: str | Sequence[int], found: Beside | None = None) -> None:
+        from workbench.beside import dense_beside
+
+        self.model, self.text = model, text
+        self.found = dense_beside(model, text) if found is None else found
+        self.figures: dict[str, Any] = {}
+        self._halt = threading.Event()
+        self._thread: threading.Thread | None = None
+        config = model.config
+        self.layer = ipw.Dropdown(description="Layer", style=NARROW, layout=ipw.Layout(width="240px"))
+        self.head = ipw.Dropdown(description="Head", style=NARROW, layout=ipw.Layout(width="130px"))
+        self.topk = _slider("Top-k", config.index_topk, "Entries that each choosing layer keeps for a query")
+        self.window = _slider("Window", config.sliding_window or 1, "Last tokens that every layer sees, besides entries")
+        self.window.disabled = not config.sliding_window
+        self.again = ipw.Button(description="Read again", button_style="primary", layout=ipw.Layout(width="auto"))
+        self.stop = ipw.Button(description="Stop reading", disabled=True, layout=ipw.Layout(width="auto"))
+        self.bar = ipw.FloatProgress(value=0.0, min=0.0, max=1.0, layout=ipw.Layout(width="120px"))
+        self.status = ipw.HTML()
+        self.maps, self.missed, self.reuse = ipw.Output(), ipw.Output(), ipw.Output()
+        self.table = ipw.HTML(layout=ipw.Layout(max_height="420px", overflow="auto"))
+        settings = ipw.HBox([self.topk, self.window, self.again, self.stop, self.bar], layout=WRAP)
+        looking = ipw.HBox([self.layer, self.head], layout=WRAP)
+        self.tabs = ipw.Tab([ipw.VBox([looking, self.maps, self.missed]), ipw.VBox([self.reuse, self.table])], titles=TABS)
+        super().__init__([settings, self.status, self.tabs])
+        self._offer()
+        self.layer.observe(self._look, names="value")
+        self.head.observe(self._look, names="value")
+        self.again.on_click(lambda _: self.read())
+        self.stop.on_click(lambda _: self._halt.set())
+        self._draw()
+
+    def read(self) -> None:
+        """What the first button does. While a text is being read, another press changes nothing."""
+        if self._thread is not None:
+            return
+        self._halt.clear()
+        self.again.disabled, self.stop.disabled, self.bar.value = True, False, 0.0
+        self._say("Reading.")
+        settings = {"topk": self.topk.value, "window": None if self.window.disabled else self.window.value}
+        self._thread = threading.Thread(target=self._work, args=(settings,), daemon=True, name="dense beside")
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether nothing is being read any more after at most so many seconds."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+        return self._thread is None
+
+    def _work(self, settings: dict[str, Any]) -> None:
+        from workbench.beside import dense_beside
+
+        try:
+            self.found = dense_beside(self.model, self.text, progress=self._progress, stop=self._halt.is_set, **settings)
+            self._draw()
+        except Exception as error:  # nobody waits for this thread: the reader must see why, and may try again
+            said = str(error) if isinstance(error, WorkbenchError) else f"That failed: {type(error).__name__}: {error}"
+            self._say(f"{said}. What is shown is the reading before.")
+        finally:
+            self._thread = None
+            self.again.disabled, self.stop.disabled = False, True
+
+    def _progress(self, share: float) -> None:
+        self.bar.value = share
+
+    def _offer(self) -> None:
+        trace = self.found.trace
+        self.layer.options = [(f"{n}: {describe_layer(trace.layer(n))}", n) for n in self.found.dense]
+        self.layer.value = min(self.found.dense)
+        self.head.options = _heads(trace.layer(self.layer.value))
+        self.head.value = "max"
+        self.topk.value = min(self.found.topk, self.topk.max)
+        if not self.window.disabled:
+            self.window.value = int(trace.config["sliding_window"])
+
+    def _draw(self) -> None:
+        self._look()
+        try:
+            self.figures["reuse"], self.table.value = reuse_chart(self.found), reuse_html(self.found)
+            self.reuse.outputs = (as_output(self.figures["reuse"]),)
+        except WorkbenchError as error:
+            self.reuse.outputs, self.table.value = (), f"<p>{escape(str(error))}</p>"
+
+    def _look(self, change: Any = None) -> None:
+        layer, head = self.layer.value, self.head.value
+        self.figures["maps"], self.figures["missed"] = beside_maps(self.found, layer, head), missed_chart(self.found, layer)
+        self.maps.outputs = (as_output(self.figures["maps"]),)
+        self.missed.outputs = (as_output(self.figures["missed"]),)
+        dense = self.found.layer(layer)
+        near = f", window {self.found.trace.config['sliding_window']}" if not self.window.disabled else ""
+        self._say(
+            f"Layer {layer}, top-{self.found.topk}{near}: {dense.missed.mean():.1%} of the attention is missed, mean over text "
+            f"and heads. Shared out anew among what was kept, the dense attention is the sparse one to {dense.deviation:.0e}. "
+            f"{OTHER_RATIOS}"
+        )
+
+    def _say(self, text: str) -> None:
+        self.status.value = f"<div role='status' aria-live='polite'>{escape(text)}</div>"
+
+
+class DifferenceOfRuns(ipw.VBox):
+    """Attention of recording ``b`` minus that of ``a``, for two of the same tokens, with a table of every layer.
+
+    ``logits`` of both, [L, V] each, make the next token's KL exact. ``tile`` is what is shown, ``comparison`` the numbers.
+    Raises InputError, saying what differs, for recordings that cannot be compared.
+    """
+
+    def __init__(self, a: Trace, b: Trace, logits: Any = None) -> None:
+        self.a, self.b = a, b
+        self.comparison = compare_runs(a, b, logits)
+        self.tile: DifferenceTile | None = None
+        self.figure: Any = None
+        most = max(self.comparison.layers, key=lambda x: x.moved).layer
+        self.layer = ipw.Dropdown(
+            description="Layer", options=[(f"{x.layer}: {describe_layer(x)}", x.layer) for x in a.layers], value=most,
+            style=NARROW, layout=ipw.Layout(width="240px"),
+        )  # fmt: skip
+        self.head = ipw.Dropdown(
+            description="Head", options=_heads(a.layer(most)), value="mean", style=NARROW, layout=ipw.Layout(width="130px")
+        )
+        self.view, self.table = ipw.Output(), ipw.HTML(difference_html(self.comparison))
+        super().__init__([ipw.HBox([self.layer, self.head], layout=WRAP), self.view, self.table])
+        self.layer.observe(self._layer_chosen, names="value")
+        self.head.observe(self._draw, names="value")
+        self._draw()
+
+    def _layer_chosen(self, change: Any) -> None:
+        heads, chosen = _heads(self.a.layer(self.layer.value)), self.head.value
+        if self.head.options != heads:
+            self.head.options = heads
+            self.head.value = chosen if chosen in [value for _, value in heads] else "mean"
+        self._draw()
+
+    def _draw(self, change: Any = None) -> None:
+        self.tile = difference_tile(self.a, self.b, self.layer.value, self.head.value)
+        self.figure = difference_map(self.tile)
+        self.view.outputs = (as_output(self.figure),)
+
+
+def _heads(record: LayerTrace) -> tuple[tuple[str, Head], ...]:
+    return (("max", "max"), ("mean", "mean"), *((str(head), head) for head in range(record.heads)))
+
+
+def _slider(name: str, most: int, tip: str) -> ipw.IntSlider:
+    return ipw.IntSlider(
+        most, 1, most, description=name, tooltip=tip, continuous_update=False, style=NARROW,
+        layout=ipw.Layout(width="min(100%, 280px)"),
+    )  # fmt: skip
