@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workbench.differences import common_entries
 from workbench.errors import InputError, WorkbenchError
 from workbench.live import GUESSES, PREFILL_CHUNK, encode, token_texts
 from workbench.model.attention.core import attend, window_rows
@@ -409,14 +410,6 @@ def _choosers(model: LanguageModel) -> dict[int, int]:
         if kind in SELECTING:
             found[layer] = last
     return found
-
-
-def common_entries(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """How many of the entries [N, K] and [N, M] of each row are the same, [N]; -1 is none."""
-    most = int(max(ours.max(initial=0), theirs.max(initial=0))) + 1
-    row = np.arange(len(ours), dtype=np.int64)[:, None] * most
-    known = (row + theirs)[theirs >= 0]
-    return np.asarray((np.isin(row + ours, known) & (ours >= 0)).sum(1))
 
 
 def _gathered(probs: Tensor, entries: Tensor) -> Tensor:

@@ -47,6 +47,12 @@ class Comparison:
     labels: tuple[str, str]
 
 
+def settings_label(trace: Trace) -> str:
+    """The recording and what about it may differ from another of the same tokens."""
+    topk = trace.notes.get("topk")
+    return f"{trace.label}{f', top-{topk}' if isinstance(topk, int) else ''}, cache {trace.storage}"
+
+
 def check_alike(a: Trace, b: Trace) -> None:
     """Raises InputError, saying what differs, unless both recordings are of the same tokens and of layers of one kind."""
     if not a.length or not b.length:
@@ -82,7 +88,7 @@ def compare_runs(a: Trace, b: Trace, logits: tuple[np.ndarray, np.ndarray] | Non
         kl, exact = _kl_of_guesses(a, b)
     else:
         kl, exact = _kl(*logits), True
-    labels = (a.label, b.label)
+    labels = (settings_label(a), settings_label(b))
     return Comparison(layers, float(kl.mean()) if len(kl) else None, len(kl), not exact, labels)
 
 
@@ -144,11 +150,17 @@ def _common(one: LayerTrace, other: LayerTrace) -> float | None:
     choosing = np.flatnonzero((kept > 0) & ((visible > kept) | (visible > (other.selected >= 0).sum(1))))
     if not len(choosing):
         return None
-    ours, theirs = one.selected[choosing], other.selected[choosing]
-    most = int(max(ours.max(), theirs.max())) + 1
-    row = np.arange(len(ours), dtype=np.int64)[:, None] * most
-    common = (np.isin(row + ours, (row + theirs)[theirs >= 0]) & (ours >= 0)).sum(1)
+    common = common_entries(one.selected[choosing], other.selected[choosing])
     return float((common / kept[choosing]).mean())
+
+
+def common_entries(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """How many of the entries [N, K] and [N, M] of each row are the same, [N]; a row has each once, -1 is none."""
+    most = int(max(ours.max(initial=0), theirs.max(initial=0))) + 1
+    row = np.arange(len(ours), dtype=np.int64)[:, None]
+    mine, known = ((row * most + each)[each >= 0] for each in (ours, theirs))
+    both = np.isin(mine, known, assume_unique=True)  # sorts, which is many times faster here than looking for unique ones
+    return np.bincount(mine[both] // most, minlength=len(ours))
 
 
 def _kl(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

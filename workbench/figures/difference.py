@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from PIL import Image
 
-from workbench.differences import Comparison, check_alike
+from workbench.differences import Comparison, check_alike, settings_label
 from workbench.errors import InputError
 from workbench.figures.attention import (
     LAYER_NAMES,
@@ -92,7 +92,8 @@ def difference_tile(
     scale = min(MAX_CELL_PIXELS, max(1, max_pixels // height)), min(MAX_CELL_PIXELS, max(1, max_pixels // width))
     full = float(np.abs(values).max()) if limit is None else limit
     png = _signed_png(values, visible, full, scale)
-    return DifferenceTile(png, values, visible, pooling, scale, rows, columns, full, one, head, (a.label, b.label))
+    labels = (settings_label(a), settings_label(b))
+    return DifferenceTile(png, values, visible, pooling, scale, rows, columns, full, one, head, labels)
 
 
 def _largest_difference(
@@ -138,9 +139,13 @@ def _signed_png(values: np.ndarray, visible: np.ndarray, limit: float, scale: tu
     return png
 
 
-def difference_map(tile: DifferenceTile) -> go.Figure:
-    """The tile with its axes in tokens, what was subtracted from what, and what the colours are."""
-    a, b = (chart_text(label) for label in tile.labels)
+def difference_map(tile: DifferenceTile, names: tuple[str, str] = ("", "")) -> go.Figure:
+    """The tile with its axes in tokens, what was subtracted from what, and what the colours are.
+
+    ``names`` say of A and B what their recordings do not, such as that Engram was off.
+    """
+    told = [f"{label}{f' ({name})' if name else ''}" for label, name in zip(tile.labels, names, strict=True)]
+    a, b = (chart_text(label) for label in told)
     rows, columns = tile.pooling
     pooled = "" if tile.pooling == (1, 1) else f"; a cell is the largest of {rows} × {columns}, its sign kept"
     what = f"layer {tile.layer.layer} ({describe_layer(tile.layer)}), {describe_head(tile.layer, tile.head)}{pooled}"

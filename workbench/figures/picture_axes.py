@@ -26,11 +26,12 @@ def picture_chart(pictures: Sequence[tuple[str, bytes]], rows: Range, columns: R
             source=source, x=columns[0] - 0.5, y=rows[0] - 0.5, sizex=columns[1] - columns[0], sizey=rows[1] - rows[0],
             xanchor="left", yanchor="top", sizing="stretch", layer="below", row=1, col=number,
         )  # fmt: skip
-    above = 24 + 17 * lines + 24
+    above = 20 + 17 * lines + (18 if any(names) else 0)
     styled(fig, title, above + SIDE_PIXELS + 92)
     fig.update_xaxes(title="token position", range=[columns[0] - 0.5, columns[1] - 0.5], showgrid=False, matches="x")
     fig.update_yaxes(range=[rows[1] - 0.5, rows[0] - 0.5], showgrid=False, matches="y")
     fig.update_yaxes(title="query token (position)", row=1, col=1)
     fig.update_annotations(font={"size": 12, "color": GREY})
     below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
-    return fig.update_layout(margin={"t": above, "b": 92}, legend=below)
+    width = {} if len(pictures) > 1 else {"width": SIDE_PIXELS + 240, "autosize": False}  # else it fills the page
+    return fig.update_layout(margin={"t": above, "b": 92}, legend=below, **width)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NARROW = {"description_width": "initial"}
 WRAP = ipw.Layout(flex_flow="row wrap", align_items="center")
-TABS = ("Dense beside sparse", "What reuse would save")
+TABS = ("Dense attention", "Reusing choices")  # a tab has room for so many letters
 OTHER_RATIOS = "Another compression ratio needs other weights: train a variant of your own (notebook 11)."
 
 
@@ -43,11 +43,12 @@ class DenseBeside(ipw.VBox):
         self._halt = threading.Event()
         self._thread: threading.Thread | None = None
         config = model.config
-        self.layer = ipw.Dropdown(description="Layer", style=NARROW, layout=ipw.Layout(width="240px"))
+        self.layer = ipw.Dropdown(description="Layer", style=NARROW, layout=ipw.Layout(width="270px"))
         self.head = ipw.Dropdown(description="Head", style=NARROW, layout=ipw.Layout(width="130px"))
         self.topk = _slider("Top-k", config.index_topk, "Entries that each choosing layer keeps for a query")
         self.window = _slider("Window", config.sliding_window or 1, "Last tokens that every layer sees, besides entries")
-        self.window.disabled = not config.sliding_window
+        if not config.sliding_window:
+            self.window.disabled, self.window.layout.display = True, "none"
         self.again = ipw.Button(description="Read again", button_style="primary", layout=ipw.Layout(width="auto"))
         self.stop = ipw.Button(description="Stop reading", disabled=True, layout=ipw.Layout(width="auto"))
         self.bar = ipw.FloatProgress(value=0.0, min=0.0, max=1.0, layout=ipw.Layout(width="120px"))
@@ -137,19 +138,20 @@ class DenseBeside(ipw.VBox):
 class DifferenceOfRuns(ipw.VBox):
     """Attention of recording ``b`` minus that of ``a``, for two of the same tokens, with a table of every layer.
 
-    ``logits`` of both, [L, V] each, make the next token's KL exact. ``tile`` is what is shown, ``comparison`` the numbers.
+    ``logits`` of both, [L, V] each, make the next token's KL exact; ``names`` say of A and B what their recordings do not, such
+    as that Engram was off. ``tile`` is what is shown, ``comparison`` the numbers.
     Raises InputError, saying what differs, for recordings that cannot be compared.
     """
 
-    def __init__(self, a: Trace, b: Trace, logits: Any = None) -> None:
-        self.a, self.b = a, b
+    def __init__(self, a: Trace, b: Trace, logits: Any = None, names: tuple[str, str] = ("", "")) -> None:
+        self.a, self.b, self.names = a, b, names
         self.comparison = compare_runs(a, b, logits)
         self.tile: DifferenceTile | None = None
         self.figure: Any = None
         most = max(self.comparison.layers, key=lambda x: x.moved).layer
         self.layer = ipw.Dropdown(
             description="Layer", options=[(f"{x.layer}: {describe_layer(x)}", x.layer) for x in a.layers], value=most,
-            style=NARROW, layout=ipw.Layout(width="240px"),
+            style=NARROW, layout=ipw.Layout(width="270px"),
         )  # fmt: skip
         self.head = ipw.Dropdown(
             description="Head", options=_heads(a.layer(most)), value="mean", style=NARROW, layout=ipw.Layout(width="130px")
@@ -169,7 +171,7 @@ class DifferenceOfRuns(ipw.VBox):
 
     def _draw(self, change: Any = None) -> None:
         self.tile = difference_tile(self.a, self.b, self.layer.value, self.head.value)
-        self.figure = difference_map(self.tile)
+        self.figure = difference_map(self.tile, self.names)
         self.view.outputs = (as_output(self.figure),)
 
 
