@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from workbench import cost
 from workbench.errors import InputError
 from workbench.figures.attention import (
     LAYER_NAMES,
@@ -24,12 +25,15 @@ from workbench.figures.attention import (
 from workbench.figures.difference import TABLE_CSS
 from workbench.figures.picture_axes import picture_chart
 from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, SKY, VERMILLION, chart_text, styled
+from workbench.presets import presets
 
 if TYPE_CHECKING:
     from workbench.beside import Beside, Reuse
 
 MAP_BYTES = 80_000  # of each of two pictures in one view of 250 KB
 MOST_POINTS = 400  # of a line along the text; more tokens are averaged
+TABLE_LAGS = (1, 8, 64)  # the chart has more
+PUBLISHED = {"csa": "v4-pro", "mla-dsa": "v3.2"}  # V4.1's layers reuse choices as it is
 MOST_HEADS = 8  # lines of their own
 LAYER_COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PINK, SKY, PURPLE)
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -148,11 +152,12 @@ def reuse_html(found: Beside) -> str:
     """One table: what each reuse of an earlier choice would save in index keys read, and what attention it would miss."""
     rows = []
     for x in found.layer_reuse:
-        rows.append((f"layer {x.source}’s in layer {_name(found, x.layer)}", *_shares(x), _saved(found, x)))
+        rows.append((_name(found, x.layer), f"that of layer {x.source}", *_shares(x), _saved(found, x)))
     for x in found.step_reuse:
-        tokens = f"{x.lag} token{'s' if x.lag > 1 else ''}"
-        rows.append((f"its own of {tokens} before, layer {_name(found, x.layer)}", *_shares(x), _saved(found, x)))
-    head = ("choice reused", "kept by both", "by chance", "attention missed as it is", "missed when reused",
+        if x.lag in TABLE_LAGS:
+            tokens = f"{x.lag} token{'s' if x.lag > 1 else ''}"
+            rows.append((_name(found, x.layer), f"its own, {tokens} before", *_shares(x), _saved(found, x)))
+    head = ("layer", "choice reused", "kept by both", "by chance", "attention missed as it is", "missed when reused",
             "index keys not read for that token")  # fmt: skip
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     cells = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
@@ -165,7 +170,22 @@ def reuse_html(found: Beside) -> str:
     )
     return (
         f"{TABLE_CSS}<div class='wb-beside'><p>{escape(said)}</p>"
-        f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table><p>{escape(_published(found))}</p></div>"
+    )
+
+
+def _published(found: Beside, length: int = 2**20) -> str:
+    """What reuse by every second choosing layer would save in the published model of this kind, by formula; "" if it reuses."""
+    kind = next(iter(found.dense.values())).kind
+    if kind not in PUBLISHED:
+        return ""
+    preset = presets[PUBLISHED[kind]]
+    layers, read = preset.layer_kinds.count(kind), cost.decode_bytes(preset, length)
+    saved = read["index"] * (layers // 2) / layers
+    return (
+        f"At published size, modelled by formula: at {length:,} tokens {preset.title} reads {read['total'] / 1e6:,.0f} MB of "
+        f"its cache for one token, {read['index'] / 1e6:,.0f} MB of it index keys of {layers} layers. If every second of them "
+        f"took the choice of the one before it, {saved / 1e6:,.0f} MB ({saved / read['total']:.0%}) would not be read."
     )
 
 
