@@ -98,7 +98,7 @@ def test_the_table_of_reuse_says_what_it_saves_and_how_that_is_known(found):
 def test_the_chart_of_reuse_draws_chance_beside_everything(found):
     fig = wb.reuse_chart(found)
     bars = [x for x in fig.data if x.type == "bar"]
-    assert list(bars[0].x) == ["1 → 3"] and bars[0].y[0] == pytest.approx(100 * found.layer_reuse[0].overlap)
+    assert list(bars[0].x) == ["1 to 3"] and bars[0].y[0] == pytest.approx(100 * found.layer_reuse[0].overlap)
     lines = {x.name: x for x in fig.data if x.type == "scatter"}
     assert list(lines["layer 1"].x) == [1, 2, 4, 8, 16, 32, 64]
     assert list(lines["layer 1 by chance"].y) == [100 * x.by_chance for x in found.step_reuse if x.layer == 1]

@@ -90,8 +90,8 @@ def missed_chart(found: Beside, layer: int) -> go.Figure:
     )  # fmt: skip
     averaged = f", each point a mean of {each} queries" if each > 1 else ""
     title = (
-        f"Attention that top-{found.topk} missed, layer {layer} ({describe_layer(record)}): what entries left out would "
-        f"get{averaged}<br>{chart_text(found.trace.label)}"
+        f"Attention that entries left out would get, layer {layer} ({describe_layer(record)}), top-{found.topk}{averaged}<br>"
+        f"{chart_text(found.trace.label)}"
     )
     styled(fig, title, 330)
     fig.update_xaxes(title="query token (position)", range=[-0.5, record.length - 0.5])
@@ -110,7 +110,7 @@ def reuse_chart(found: Beside) -> go.Figure:
         rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06, column_widths=[0.5, 0.5],
         subplot_titles=("another layer, the same query", "the same layer, so many tokens before"),
     )  # fmt: skip
-    pairs = [f"{x.source} → {x.layer}" for x in found.layer_reuse]
+    pairs = [f"{x.source} to {x.layer}" for x in found.layer_reuse]
     marks = ["model does it" if x.same_choice else "" for x in found.layer_reuse]
     fig.add_bar(
         x=pairs, y=[100 * x.overlap for x in found.layer_reuse], name="kept by both", marker={"color": SKY}, text=marks,
@@ -119,7 +119,7 @@ def reuse_chart(found: Beside) -> go.Figure:
     )  # fmt: skip
     fig.add_scatter(
         x=pairs, y=[100 * x.by_chance for x in found.layer_reuse], name="by chance", mode="markers",
-        marker={"symbol": "line-ew", "size": 26, "line": {"width": 3, "color": ORANGE}},
+        marker={"symbol": "diamond", "size": 12, "color": ORANGE, "line": {"width": 1, "color": "#222222"}},
         hovertemplate="layers %{x} by chance: %{y:.1f} %<extra></extra>", row=1, col=1,
     )  # fmt: skip
     for number, layer in enumerate(sorted({x.layer for x in found.step_reuse})):
@@ -140,7 +140,7 @@ def reuse_chart(found: Beside) -> go.Figure:
     )
     styled(fig, f"{title}<br>{chart_text(found.trace.label)}", 400)
     lags = sorted({x.lag for x in found.step_reuse})
-    fig.update_xaxes(title="layers (earlier → later)", type="category", row=1, col=1)
+    fig.update_xaxes(title="from the earlier layer to the later", type="category", row=1, col=1)
     fig.update_xaxes(title="tokens before", type="log", tickvals=lags, ticktext=[str(lag) for lag in lags], row=1, col=2)
     fig.update_yaxes(range=[0, 103])
     fig.update_yaxes(title="share of kept entries (%)", row=1, col=1)

@@ -184,5 +184,5 @@ def difference_html(found: Comparison) -> str:
 TABLE_CSS = (
     "<style>.wb-beside{overflow-x:auto;line-height:1.4}.wb-beside table{border-collapse:collapse;"
     "font-variant-numeric:tabular-nums}.wb-beside th,.wb-beside td{padding:2px 10px;text-align:left;vertical-align:top;"
-    "border-bottom:1px solid #8886}</style>"
+    "border-bottom:1px solid #8886}.wb-beside td:nth-child(-n+2){white-space:nowrap}</style>"
 )

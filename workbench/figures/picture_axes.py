@@ -33,5 +33,5 @@ def picture_chart(pictures: Sequence[tuple[str, bytes]], rows: Range, columns: R
     fig.update_yaxes(title="query token (position)", row=1, col=1)
     fig.update_annotations(font={"size": 12, "color": GREY})
     below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
-    width = {} if len(pictures) > 1 else {"width": SIDE_PIXELS + 240, "autosize": False}  # else it fills the page
+    width = {} if len(pictures) > 1 else {"width": SIDE_PIXELS + 320, "autosize": False}  # else it fills the page
     return fig.update_layout(margin={"t": above, "b": 92}, legend=below, **width)
