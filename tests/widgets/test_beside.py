@@ -73,6 +73,24 @@ def test_stop_keeps_what_is_shown_and_errors_are_said(found, monkeypatch):
     assert view.wait(60) and "ZeroDivisionError" in view.status.value and view.found is found
 
 
+def test_a_long_text_is_read_in_the_background_with_progress(monkeypatch):
+    monkeypatch.setattr(widget_module, "READ_AT_ONCE", 250)
+    view = wb.DenseBeside(MODEL, IDS)
+    assert view.wait(60) and view.found is not None and view.found.trace.length == 300
+    assert view.bar.value == 1 and view.tabs.layout.display is None and "is missed" in view.status.value
+    assert view.layer.value == 1 and len(chart(view.maps)["layout"]["images"]) == 2
+
+
+def test_a_first_reading_that_was_stopped_can_be_done_again(monkeypatch):
+    monkeypatch.setattr(widget_module, "READ_AT_ONCE", 250)
+    with monkeypatch.context() as patched:
+        patched.setattr("workbench.beside.dense_beside", lambda *_, **__: 1 / 0)
+        view = wb.DenseBeside(MODEL, IDS)
+        assert view.wait(60) and view.found is None and view.tabs.layout.display == "none"
+    view.read()
+    assert view.wait(60) and view.found is not None and view.tabs.layout.display is None
+
+
 def test_a_model_without_windows_has_no_slider_for_them():
     model = wb.load("tiny-mla-dsa", device="cpu")
     view = wb.DenseBeside(model, IDS[:120])

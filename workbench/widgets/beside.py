@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as ipw
 
 from workbench.differences import compare_runs
-from workbench.errors import WorkbenchError
+from workbench.errors import InputError, WorkbenchError
 from workbench.figures.attention import Head, describe_layer
 from workbench.figures.beside import beside_maps, missed_chart, reuse_chart, reuse_html
 from workbench.figures.difference import DifferenceTile, difference_html, difference_map, difference_tile
-from workbench.trace import LayerTrace, Trace
+from workbench.trace import SELECTING, LayerTrace, Trace
 from workbench.widgets.render import as_output
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NARROW = {"description_width": "initial"}
 WRAP = ipw.Layout(flex_flow="row wrap", align_items="center")
 TABS = ("Dense attention", "Reusing choices")  # a tab has room for so many letters
+READ_AT_ONCE = 2048  # tokens; a longer text is read while the page can be used
 OTHER_RATIOS = "Another compression ratio needs other weights: train a variant of your own (notebook 11)."
 
 
@@ -30,15 +31,19 @@ class DenseBeside(ipw.VBox):
     """One text read by one model: what a layer attends to beside what it would with every entry kept, and what reuse would do.
 
     Top-k and window are what the weights allow to be changed; *Read again* reads the text with them, in the background, and
-    *Stop* ends that. ``found`` is the ``wb.dense_beside`` shown; ``layer`` and ``head`` choose the picture. Given none, the
-    text is read before the widget is there. Raises InputError as ``wb.dense_beside``.
+    *Stop* ends that. ``found`` is the ``wb.dense_beside`` shown; ``layer`` and ``head`` choose the picture. Given none, a short
+    text is read before the widget is there and a longer one in the background. Raises InputError as ``wb.dense_beside``.
     """
 
     def __init__(self, model: Any, text: str | Sequence[int], found: Beside | None = None) -> None:
         from workbench.beside import dense_beside
+        from workbench.live import encode
 
         self.model, self.text = model, text
-        self.found = dense_beside(model, text) if found is None else found
+        ids = encode(model, text)
+        if not any(kind in SELECTING for kind in model.config.layer_kinds):
+            raise InputError(f"{model.name} attends to every token already; take a model that chooses entries")
+        self.found = dense_beside(model, ids) if found is None and len(ids) <= READ_AT_ONCE else found
         self.figures: dict[str, Any] = {}
         self._halt = threading.Event()
         self._thread: threading.Thread | None = None
@@ -59,12 +64,13 @@ class DenseBeside(ipw.VBox):
         looking = ipw.HBox([self.layer, self.head], layout=WRAP)
         self.tabs = ipw.Tab([ipw.VBox([looking, self.maps, self.missed]), ipw.VBox([self.reuse, self.table])], titles=TABS)
         super().__init__([settings, self.status, self.tabs])
-        self._offer()
-        self.layer.observe(self._look, names="value")
-        self.head.observe(self._look, names="value")
         self.again.on_click(lambda _: self.read())
         self.stop.on_click(lambda _: self._halt.set())
-        self._draw()
+        self.tabs.layout.display = "none"
+        if self.found is None:
+            self.read()
+        else:
+            self._show(self.found)
 
     def read(self) -> None:
         """What the first button does. While a text is being read, another press changes nothing."""
@@ -88,11 +94,10 @@ class DenseBeside(ipw.VBox):
         from workbench.beside import dense_beside
 
         try:
-            self.found = dense_beside(self.model, self.text, progress=self._progress, stop=self._halt.is_set, **settings)
-            self._draw()
+            self._show(dense_beside(self.model, self.text, progress=self._progress, stop=self._halt.is_set, **settings))
         except Exception as error:  # nobody waits for this thread: the reader must see why, and may try again
             said = str(error) if isinstance(error, WorkbenchError) else f"That failed: {type(error).__name__}: {error}"
-            self._say(f"{said}. What is shown is the reading before.")
+            self._say(f"{said}.{' What is shown is the reading before.' if self.found else ''}")
         finally:
             self._thread = None
             self.again.disabled, self.stop.disabled = False, True
@@ -100,26 +105,29 @@ class DenseBeside(ipw.VBox):
     def _progress(self, share: float) -> None:
         self.bar.value = share
 
-    def _offer(self) -> None:
-        trace = self.found.trace
-        self.layer.options = [(f"{n}: {describe_layer(trace.layer(n))}", n) for n in self.found.dense]
-        self.layer.value = min(self.found.dense)
-        self.head.options = _heads(trace.layer(self.layer.value))
-        self.head.value = "max"
-        self.topk.value = min(self.found.topk, self.topk.max)
-        if not self.window.disabled:
-            self.window.value = int(trace.config["sliding_window"])
-
-    def _draw(self) -> None:
+    def _show(self, found: Beside) -> None:
+        self.found = found
+        if self.layer.value is None:  # the first one: what there is to choose from
+            self.layer.options = [(f"{n}: {describe_layer(found.trace.layer(n))}", n) for n in found.dense]
+            self.layer.value = min(found.dense)
+            self.head.options = _heads(found.trace.layer(self.layer.value))
+            self.head.value = "max"
+            self.topk.value = min(found.topk, self.topk.max)
+            if not self.window.disabled:
+                self.window.value = int(found.trace.config["sliding_window"])
+            self.layer.observe(self._look, names="value")
+            self.head.observe(self._look, names="value")
         self._look()
         try:
-            self.figures["reuse"], self.table.value = reuse_chart(self.found), reuse_html(self.found)
+            self.figures["reuse"], self.table.value = reuse_chart(found), reuse_html(found)
             self.reuse.outputs = (as_output(self.figures["reuse"]),)
         except WorkbenchError as error:
             self.reuse.outputs, self.table.value = (), f"<p>{escape(str(error))}</p>"
+        self.tabs.layout.display = None
 
     def _look(self, change: Any = None) -> None:
         layer, head = self.layer.value, self.head.value
+        assert self.found is not None
         self.figures["maps"], self.figures["missed"] = beside_maps(self.found, layer, head), missed_chart(self.found, layer)
         self.maps.outputs = (as_output(self.figures["maps"]),)
         self.missed.outputs = (as_output(self.figures["missed"]),)
