@@ -56,6 +56,8 @@ ALLOWED = {
     "needle": CORE,
     "microscope": CORE,
     "ways_to_choose": CORE,
+    "beside": CORE,
+    "differences": {"numpy"},
     "true_size": CORE,
     "training": CORE | {"dask", "distributed"},  # these two only inside training.sweep.sweep
     "figures": {"numpy", "plotly", "PIL"},

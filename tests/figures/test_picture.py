@@ -21,6 +21,7 @@ from workbench.figures.claims import memory_meters
 from workbench.figures.marks import Picture, hatching
 from workbench.figures.memory import kv_growth
 from workbench.figures.picture import lines_of, picture
+from workbench.figures.picture_axes import picture_chart
 from workbench.figures.predict import guess_and_result, with_guess
 from workbench.figures.query import query_strip
 from workbench.figures.timeline import overlap_timeline
@@ -283,3 +284,28 @@ def test_long_titles_are_wrapped_and_the_plot_moves_down():
     short, long = picture(fig.update_layout(title_text="short")), picture(fig.update_layout(title_text="word " * 60))
     assert long.height > short.height and long.clips[0][1] > short.clips[0][1]
     assert all(len(mark.text) < 120 for mark in long.marks)
+
+
+def test_an_image_lies_on_its_axes_with_sharp_cells():
+    """2 x 2 cells over tokens 0..19, the first row on top: each colour where its cells are."""
+    own = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    own.putpixel((0, 0), (255, 0, 0, 255))
+    own.putpixel((0, 1), (0, 0, 255, 255))
+    out = io.BytesIO()
+    own.save(out, "PNG")
+    fig = picture_chart([("", out.getvalue())], (0, 20), (0, 20), "cells")
+    drawn = picture(fig)
+    image = next(mark for mark in drawn.marks if mark.shape == "image")
+    assert image.png == out.getvalue() and drawn.clips[image.clip] == pytest.approx([*image.points[0], *image.points[1]])
+    (x0, y0), (x1, y1) = image.points
+    pixels = Image.open(io.BytesIO(drawn.png(1))).convert("RGB")
+
+    def at(x, y):
+        return pixels.getpixel((round(x0 + x * (x1 - x0)), round(y0 + y * (y1 - y0))))
+
+    assert at(0.3, 0.3)[0] > 200 > at(0.3, 0.3)[2] and at(0.3, 0.7)[2] > 200 > at(0.3, 0.7)[0]
+    assert min(at(0.77, 0.3)) > 240  # clear
+    assert f'width="{x1 - x0:.1f}"' in drawn.svg() and "image-rendering:pixelated" in drawn.svg()
+    fig.layout.images[0].source = "https://example.org/x.png"
+    with pytest.raises(InputError, match="PNG images that lie on axes"):
+        picture(fig)

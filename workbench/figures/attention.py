@@ -88,7 +88,7 @@ class Tile:
         if self.layer.selection_only:
             exact = _shares(self.layer, rows, columns, (1, 1), self.composite)
         else:
-            exact = _pooled(self.layer, self.head, rows, columns, (1, 1), self.composite)
+            exact = largest_probs(self.layer, self.head, rows, columns, (1, 1), self.composite)
         if not exact.any():  # nothing is attended here: the pair in the middle stands for the cell
             return (rows[0] + rows[1] - 1) // 2, (columns[0] + columns[1] - 1) // 2
         row, column = divmod(int(exact.argmax()), exact.shape[1])
@@ -222,14 +222,14 @@ def _tile(
     check_head(record, head)
     if max_pixels < 1:
         raise InputError(f"max_pixels must be at least 1, got {max_pixels}")
-    rows = _range("rows", rows, record.length)
+    rows = checked_range("rows", rows, record.length)
     if step is not None:
         if not 0 <= step < trace.steps:
             raise InputError(f"the trace has steps 0..{trace.steps - 1}, got {step}")
         rows = max(rows[0], int(trace.step_starts[step])), min(rows[1], trace.step_end(step))
         if rows[0] >= rows[1]:
             raise InputError(f"step {step} processed no token in the rows asked for; leave out rows or step")
-    columns = _range("columns", columns, width)
+    columns = checked_range("columns", columns, width)
     shape = rows[1] - rows[0], columns[1] - columns[0]
     sides = [cells_of(size, max_pixels) for size in shape]
     pooling = sides[0][1], sides[1][1]
@@ -237,12 +237,12 @@ def _tile(
         every = max(1, pooling[0] // THUMBNAIL_QUERIES) if budget == THUMBNAIL_BYTES else 1
         values = _shares(record, rows, columns, pooling, composite, every)
     else:
-        values = _pooled(record, head, rows, columns, pooling, composite)
-    visible = _visible(record, rows, columns, pooling, composite)
+        values = largest_probs(record, head, rows, columns, pooling, composite)
+    visible = visible_cells(record, rows, columns, pooling, composite)
     values[~visible] = 0.0  # the end of a row recorded pooled may reach past its last visible entry
     height, width = values.shape
     scale = sides[0][2], sides[1][2]
-    png = _png(values, visible, scale, budget)
+    png = tile_png(values, visible, scale, budget)
     return Tile(png, values, visible, pooling, scale, rows, columns, record, head, composite)
 
 
@@ -255,7 +255,7 @@ def check_head(record: LayerTrace, head: Head) -> None:
     raise InputError(f"layer {record.layer} has heads 0..{record.heads - 1}, or 'max' or 'mean' over them, got {head!r}")
 
 
-def _range(name: str, given: Range | None, size: int) -> Range:
+def checked_range(name: str, given: Range | None, size: int) -> Range:
     if size < 1:
         raise InputError("the trace has no token yet; wait for the first step")
     start, stop = (0, size) if given is None else given
@@ -273,7 +273,7 @@ def of_head(probs: np.ndarray, head: Head) -> np.ndarray:
     return probs[..., head, :].astype(np.float32)
 
 
-def _pooled(
+def largest_probs(
     record: LayerTrace, head: Head, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool
 ) -> np.ndarray:
     """The largest probability per cell, [h, w] float32, gathered chunk by chunk of rows.
@@ -442,7 +442,7 @@ def _spread(
     return np.where(empty, 0.0, spread)
 
 
-def _visible(record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool) -> np.ndarray:
+def visible_cells(record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool) -> np.ndarray:
     """[h, w] bool: may any query of the cell look at any column of it?"""
     top = np.arange(rows[0], rows[1], pooling[0])[:, None]
     bottom = np.minimum(top + pooling[0], rows[1]) - 1
@@ -458,7 +458,7 @@ def _visible(record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int
     return seen
 
 
-def _png(values: np.ndarray, visible: np.ndarray, scale: tuple[int, int], budget: int) -> bytes:
+def tile_png(values: np.ndarray, visible: np.ndarray, scale: tuple[int, int], budget: int) -> bytes:
     """A palette PNG within ``budget`` bytes; a noisy picture gives up shades of colour to fit."""
     root = np.sqrt(np.clip(values, 0.0, 1.0))
     png = b""

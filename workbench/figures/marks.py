@@ -1,8 +1,9 @@
-"""What a still picture is made of: lines, areas, dots and letters, and SVG as one way to write them."""
+"""What a still picture is made of: lines, areas, dots, letters and images, and SVG as one way to write them."""
 
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
@@ -13,13 +14,14 @@ from workbench.figures.style import GREY
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+PNG = "data:image/png;base64,"
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
     """One thing to draw; ``clip`` is the number of the plot area it stays within, -1 for none."""
 
-    shape: Literal["line", "area", "dot", "text"]
+    shape: Literal["line", "area", "dot", "text", "image"]
     points: tuple[Point, ...]
     colour: str = GREY  # of the line, the area's ground, the dot or the letters
     edge: str = ""  # colour of an outline
@@ -34,6 +36,7 @@ class Mark:
     angle: int = 0  # of letters, clockwise: 0 or -90
     bold: bool = False
     tip: str = ""  # shown under the pointer
+    png: bytes = b""  # of an image, stretched between its two points
 
 
 @dataclass(slots=True)
@@ -127,6 +130,12 @@ def _svg(mark: Mark) -> str:
         return (
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{mark.size:g}" fill="{mark.colour}" text-anchor="{mark.anchor}"'
             f"{turned}{weight}{see}>{escape(mark.text)}</text>"
+        )
+    if mark.shape == "image":
+        (x0, y0), (x1, y1) = mark.points
+        return (
+            f'<image x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}" preserveAspectRatio="none" '
+            f'style="image-rendering:pixelated" href="{PNG}{b64encode(mark.png).decode()}"/>'
         )
     tip = f"<title>{escape(mark.tip)}</title>" if mark.tip else ""
     edge = f' stroke="{mark.edge}" stroke-width="{mark.width:g}"' if mark.edge else ""

@@ -1,7 +1,8 @@
 """Charts as still pictures, SVG or PNG, without a browser: what a page shows where neither kernel nor plotly's script is.
 
-Draws the part of plotly that our charts use: bars, curves, areas, markers, labels, lines and shades, linear, logarithmic and
-category axes, subplots, legends. Anything else is refused rather than drawn wrongly. Sizes are pixels, y downwards.
+Draws the part of plotly that our charts use: bars, curves, areas, markers, images, labels, lines and shades, linear,
+logarithmic and category axes, subplots, legends. Anything else is refused rather than drawn wrongly. Sizes are pixels, y
+downwards.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import plotly.graph_objects as go
 
 from workbench.errors import InputError
 from workbench.figures.axes import Axis, ticks
-from workbench.figures.marks import Box, Mark, Picture, Point, arrow, corners, hatching, polygon
+from workbench.figures.marks import PNG, Box, Mark, Picture, Point, arrow, corners, hatching, polygon
 from workbench.figures.style import BLUE, GREEN, GREY, GRID, ORANGE, PINK, SKY, VERMILLION
 
 WIDTH = 760
@@ -86,6 +87,7 @@ class _Drawing:
         self._place()
         for name, axis in self.axes.items():
             self._grid(name, axis)
+        self._images()
         self._shapes(below=True)
         for i, trace in enumerate(self.traces):
             colour = COLOURS[i % len(COLOURS)]
@@ -179,6 +181,18 @@ class _Drawing:
                     "text", ((min(start, end) - 20 - LETTER * 12 * widest, middle),), text=text, anchor="middle", angle=-90,
                     size=13.0,
                 )  # fmt: skip
+
+    def _images(self) -> None:
+        """PNG images that lie on the axes, each from its left upper corner on."""
+        for spec in self.layout.get("images") or ():
+            x, y = self.axes.get(str(spec.get("xref"))), self.axes.get(str(spec.get("yref")))
+            source = str(spec.get("source") or "")
+            if x is None or y is None or not source.startswith(PNG):
+                raise InputError("a still picture shows PNG images that lie on axes; open the chart in a notebook")
+            left, top = float(spec["x"]), float(spec["y"])
+            down = 1 if y.high < y.low else -1  # the axis of a map counts downwards
+            ends = ((x.px(left), y.px(top)), (x.px(left + spec["sizex"]), y.px(top + down * spec["sizey"])))
+            self._add("image", ends, png=base64.b64decode(source[len(PNG) :]), clip=self._clip(x, y))
 
     # -- traces ------------------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,10 @@ def raster(drawn: Picture, scale: int) -> bytes:
             _merge(image, layer, drawn, inside, grow)
             inside = mark.clip
             layer = image.copy() if inside >= 0 else image
-        _paint(ImageDraw.Draw(layer, "RGBA"), mark, grow)
+        if mark.shape == "image":
+            _place(layer, mark, grow)
+        else:
+            _paint(ImageDraw.Draw(layer, "RGBA"), mark, grow)
     _merge(image, layer, drawn, inside, grow)
     small = image.resize((drawn.width * scale, drawn.height * scale), Image.Resampling.LANCZOS)
     out = io.BytesIO()
@@ -41,6 +44,14 @@ def _merge(image: Image.Image, layer: Image.Image, drawn: Picture, clip: int, gr
         x0, y0, x1, y1 = (round(side * grow) for side in drawn.clips[clip])
         if x1 > x0 and y1 > y0:
             image.paste(layer.crop((x0, y0, x1, y1)), (x0, y0))
+
+
+def _place(layer: Any, mark: Mark, grow: int) -> None:
+    """An image of its own, stretched without smoothing, so that cells keep their edges."""
+    (x0, y0), (x1, y1) = mark.points
+    size = max(1, round((x1 - x0) * grow)), max(1, round((y1 - y0) * grow))
+    own = Image.open(io.BytesIO(mark.png)).convert("RGBA").resize(size, Image.Resampling.NEAREST)
+    layer.paste(own, (round(x0 * grow), round(y0 * grow)), own)
 
 
 def _paint(pen: Any, mark: Mark, grow: int) -> None:

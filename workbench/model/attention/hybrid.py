@@ -42,6 +42,21 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """What attention is worked out from in one call, before anything is left out: for those who ask what else it could be.
+
+    q [B, T, H, D] of positions from ``start``; all entries so far, [B, S, D] (MLA: its rows, q not absorbed yet); window keys
+    [B, W - 1 + T, D], of which ``known`` before the new ones are real (one decoded token: [B, 1..W, D]), None without a window.
+    """
+
+    start: int
+    q: Tensor
+    entries: Rows | GrowingRows
+    keys: Tensor | None = None
+    known: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Positions:
     """Where the new tokens stand, worked out once for all layers: turns [T, R / 2] of window-only and compressed layers."""
 
@@ -72,7 +87,7 @@ class HybridAttention(nn.Module):
             self.compressor = Compressor(config, d, self.ratio, overlapping=kind == "csa")
         if kind == "csa":
             self.indexer = Indexer(config)
-        self.attention_tap = Tap()
+        self.attention_tap, self.input_tap = Tap(), Tap()
 
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]; the cache, if given, takes in the T tokens."""
@@ -88,6 +103,7 @@ class HybridAttention(nn.Module):
         index = None
         if self.kind == "csa":
             index = self.indexer(x, qr, turns, at.start, cache)
+        self.input_tap(AttentionInputs(at.start, q, entries, keys, at.start))
         outputs = []
         step = self._queries_per_chunk(x.shape[0], entries.length, at.topk or self.topk, edit is not None)
         for first in range(0, x.shape[1], step):

@@ -18,7 +18,7 @@ from workbench.model.attention.dense import (
     attend_all,
     everything_seen,
 )
-from workbench.model.attention.hybrid import CHUNK_ELEMENTS, MAX_QUERIES, Attention
+from workbench.model.attention.hybrid import CHUNK_ELEMENTS, MAX_QUERIES, Attention, AttentionInputs
 from workbench.model.indexer import IndexQueries, Selection, TokenIndexer, select_entries
 from workbench.model.kv_cache import GrowingRows, LayerCache, Rows
 from workbench.model.layers import RMSNorm, Tap, rotate
@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
         self.wo = nn.Linear(self.heads * self.v_width, config.hidden_size, bias=False)
         if self.kind == "mla-dsa":
             self.indexer = TokenIndexer(config)
-        self.attention_tap = Tap()
+        self.attention_tap, self.input_tap = Tap(), Tap()
 
     def forward(self, x: Tensor, at: TokenPositions, cache: LayerCache | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]; the cache, if given, takes in the T tokens."""
@@ -55,6 +55,7 @@ class LatentAttention(nn.Module):
         index = self.indexer(x, qr, at.turns, cache) if self.kind == "mla-dsa" else None
         kept = rows.length if index is None else min(at.topk or self.topk, rows.length)
         edit = None if index is None else edit_of(self)
+        self.input_tap(AttentionInputs(at.start, q, rows))
         outputs = []
         for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], rows.length, kept, edit is not None)):
             mine = slice(first, first + step)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from workbench.config import SharedStreamConfig
 from workbench.model.attention.core import Attended, attend, window_rows
-from workbench.model.attention.hybrid import CHUNK_ELEMENTS, MAX_QUERIES, Attention, Positions
+from workbench.model.attention.hybrid import CHUNK_ELEMENTS, MAX_QUERIES, Attention, AttentionInputs, Positions
 from workbench.model.compressor import StreamCompressor
 from workbench.model.indexer import (
     IndexQueries,
@@ -74,7 +74,7 @@ class SharedStreamAttention(nn.Module):
             self.rotary = Rotary(config, compressed=True)
         if self.kind in ("csa2-full", "csa2-reindex"):
             self.indexer = StreamIndexer(config, owner=self.kind == "csa2-full")
-        self.attention_tap = Tap()
+        self.attention_tap, self.input_tap = Tap(), Tap()
 
     def forward(
         self, x: Tensor, at: Positions, cache: LayerCache | None, stream: Stream | None, *, publish: bool = True
@@ -95,6 +95,8 @@ class SharedStreamAttention(nn.Module):
         mine = stream if self.ratio else None
         if self.kind == "csa2-reuse" and mine is not None:
             mine = self._edited(mine, at.start)  # here alone: later layers reuse the choice as it was made
+        if mine is not None:
+            self.input_tap(AttentionInputs(at.start, q, mine.entries, keys, known))
         outputs = []
         for first in range(0, x.shape[1], step := self._queries_per_chunk(x.shape[0], mine)):
             chunk = slice(first, first + step)
