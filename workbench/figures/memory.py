@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from workbench import cost
 from workbench.config import DenseConfig, HybridConfig, SharedStreamConfig, read_config
 from workbench.errors import InputError
-from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, SKY, VERMILLION, chart_text, styled
+from workbench.figures.style import BLUE, CHART_CSS, GREEN, GREY, ORANGE, PINK, PURPLE, SKY, VERMILLION, chart_text, styled
 from workbench.trace import Trace
 
 PART_COLOURS = {"window": BLUE, "compressed": ORANGE, "index": GREEN, "tail": PINK, "engram": SKY, cost.KV_PART: PURPLE}
@@ -113,7 +113,7 @@ _CSS = (
     "<style>.wb-kv{overflow-x:auto;line-height:1.4}.wb-kv table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     ".wb-kv th,.wb-kv td{padding:2px 10px;text-align:left;vertical-align:top;white-space:nowrap;border-bottom:1px solid #8886}"
     ".wb-kv td.sum{white-space:normal;min-width:20em}"
-    ".wb-kv .n{text-align:right}.wb-kv .bad{background:#d55e00;color:#000;font-weight:bold}</style>"
+    ".wb-kv .n{text-align:right}.wb-kv .bad{background:#d55e00;color:#000;font-weight:bold}" + CHART_CSS + "</style>"
 )
 
 

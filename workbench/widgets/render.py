@@ -16,6 +16,8 @@ import numpy as np
 import plotly.graph_objects as go
 import traitlets as tl
 
+from workbench.figures.style import CHART_CSS
+
 CHART_MIME = "application/vnd.plotly.v1+json"
 
 
@@ -49,7 +51,8 @@ class Pointer(anywidget.AnyWidget):
     """
 
     _esm = (Path(__file__).parent / "pointer.js").read_text(encoding="utf-8")
-    _css = """
+    _css = (
+        """
 .wb-picture {display: grid; grid-template-columns: auto auto var(--wb-width, 300px); width: max-content; max-width: 100%;
   font-family: var(--jp-ui-font-family, sans-serif); font-size: 11px; color: var(--jp-ui-font-color1, inherit); padding: 4px 0}
 .wb-box {grid-column: 3; grid-row: 1; position: relative; width: 100%; height: var(--wb-height); overflow: hidden;
@@ -70,6 +73,8 @@ class Pointer(anywidget.AnyWidget):
 .wb-pointer.wb-text {overflow-y: auto; padding: 2px}
 .wb-pointer.wb-text:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
 """
+        + CHART_CSS
+    )
     mode = tl.Enum(("picture", "text"), "picture").tag(sync=True)
     label = tl.Unicode().tag(sync=True)  # read out by screen readers
     png = tl.Bytes().tag(sync=True)
