@@ -62,8 +62,8 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
     title = f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}"
     if baselines := _baselines(config):
         shapes = " and ".join(dict.fromkeys(name.split(" =")[0] for name in baselines))
-        title += f"<br>{shapes} of the same width: as many layers, query heads and dimensions a head"
-        title += "" if log else "; what is above this axis is not drawn"
+        title += f"<br>{shapes}: as many layers, query heads and dimensions a head"
+        title += "" if log else "; drawn up to this axis"
     styled(fig, title, height=540)
     fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
     fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
