@@ -63,7 +63,7 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
     if baselines := _baselines(config):
         shapes = " and ".join(dict.fromkeys(name.split(" =")[0] for name in baselines))
         title += f"<br>{shapes}: as many layers, query heads and dimensions a head"
-        title += "" if log else "; drawn up to this axis"
+        title += "" if log else "; cut where this axis ends"
     styled(fig, title, height=540)
     fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
     fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
