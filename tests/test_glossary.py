@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 
+import nbformat
 import pytest
 
 import workbench as wb
 from workbench.errors import InputError
 from workbench.glossary import _NAMES, TERMS, Term, glossary
+from workbench.runtime import CHECKOUT
 from workbench.widgets.glossary import GlossarySearch
 
-WANTED = "CSA HCA CSA2 MLA DSA GQA MHA mHC Sinkhorn-Knopp Engram n-gram prefill decode top-k UE8M0 MXFP4 RoPE YaRN MoE"
+WANTED = (
+    "CSA HCA CSA2 MLA DSA GQA MHA mHC Sinkhorn-Knopp Engram n-gram prefill decode top-k UE8M0 MXFP4 RoPE YaRN MoE BF16 FLOP nat"
+)
 WANTED_PHRASES = (
     "router",
     "tail",
@@ -22,12 +26,35 @@ WANTED_PHRASES = (
     "sliding window",
     "KV cache",
     "FP8 E4M3",
+    "KL divergence",
+    "tensor parallelism",
 )
+# Read as words by everybody, or the name of a model or a device that wb.presets or wb.devices explain.
+EVERYDAY = {"CPU", "GPU", "GB", "SSD", "XOR", "V3", "V4", "H200"}
+NOTEBOOKS = sorted((CHECKOUT / "notebooks").rglob("*.ipynb"))
 
 
 @pytest.mark.parametrize("name", (*WANTED.split(), *WANTED_PHRASES))
 def test_the_words_of_the_course_are_in_it(name):
     assert glossary(name).name == name
+
+
+def abbreviations(markdown: str) -> set[str]:
+    """Words of capitals and digits, a plural s aside, outside of code."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", markdown, flags=re.DOTALL)
+    return {word.removesuffix("s") for word in re.findall(r"\b[A-Z][A-Z0-9]+s?\b", prose)}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_abbreviation_a_notebook_uses_is_in_it(path):
+    notebook = nbformat.read(path, as_version=4)
+    used = set().union(*(abbreviations(cell.source) for cell in notebook.cells if cell.cell_type == "markdown"))
+    unknown = {word for word in used - EVERYDAY if re.sub(r"[\W_]+", "", word.lower()) not in _NAMES}
+    assert not unknown, f"explain them in workbench/glossary.py: {sorted(unknown)}"
+
+
+def test_abbreviations_are_found_in_prose_and_not_in_code():
+    assert abbreviations("The KV cache, FLOPs and (FP8) of `ABC`.\n```\nXYZ\n```") == {"KV", "FLOP", "FP8"}
 
 
 @pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)

@@ -18,10 +18,9 @@ def test_the_scores_in_the_readme_are_those_stored_beside_the_checkpoints():
     assert f"{scores.TALLY_START}\n{scores.tally_table()}\n{scores.TALLY_END}" in README
 
 
-def test_every_file_the_readme_links_to_is_there():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links and all((ROOT / link).is_file() for link in links)
-    assert all((ROOT / path).exists() for path in re.findall(r"`((?:notebooks|benchmarks|workbench)/[\w/.]+)`", README))
+def test_every_file_the_readme_names_is_there():
+    named = re.findall(r"`((?:notebooks|benchmarks|workbench)/[\w/.]+)`", README)
+    assert named and all((ROOT / path).exists() for path in named)
 
 
 def test_every_public_name_in_the_readme_exists():

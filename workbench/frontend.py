@@ -10,12 +10,17 @@ from pathlib import Path
 Check = tuple[str, str]  # level (ok, warning, MISSING) and what to do
 # What the page loads to show widgets -> the package that brings it.
 SCRIPTS = {"@jupyter-widgets/jupyterlab-manager": "jupyterlab-widgets", "anywidget": "anywidget"}
+# Where people open notebooks -> what we know of it; the README's second table says what each needs.
+FRONT_ENDS = {"JupyterLab 4": "tested", "Notebook 7": "tested"} | dict.fromkeys(
+    ("VS Code", "Colab", "Voila"), "documented, not tested here"
+)
 KERNEL = "python3"  # which the notebooks name
 
 
 def widget_checks() -> list[Check]:
     """One line for each thing that leaves widgets blank when it is missing; the README's table has the same order."""
-    return [*(_script(name, package) for name, package in SCRIPTS.items()), _kernel(), _server()]
+    shown = [("ok", f"widgets in {name}: {how}") for name, how in FRONT_ENDS.items()]
+    return [*(_script(name, package) for name, package in SCRIPTS.items()), _kernel(), _server(), *shown]
 
 
 def _script(name: str, package: str) -> Check:

@@ -1,4 +1,4 @@
-"""A real JupyterLab and a real Chromium for the browser tests, both isolated from what else runs on the machine.
+"""A real JupyterLab (or Notebook 7) and a real Chromium for the browser tests, isolated from what else runs on the machine.
 
 The server has its own Jupyter folders, a random token and listens on this machine only; the page writes down every error, and
 every request that leaves the machine. Everything waits on conditions, with limits generous enough for a busy two-core machine.
@@ -39,9 +39,9 @@ CHROMIUM = (
     "--disable-component-update",
     "--disable-sync",
 )
+# Program -> the name of its settings and where it opens a notebook.
+PROGRAMS = {"jupyterlab": ("LabApp", "lab/tree"), "notebook": ("JupyterNotebookApp", "notebooks")}
 LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")
-# Part of a console message or page error -> why it does not matter here. Anything else fails the test.
-HARMLESS: dict[str, str] = {}
 # Runs all cells once the kernel has answered: before that the command reports success and cells stay unexecuted.
 RUN_ALL = """async () => {
     const panel = window.jupyterapp.shell.currentWidget;
@@ -51,6 +51,10 @@ RUN_ALL = """async () => {
     window.ranAll = null;
     window.jupyterapp.commands.execute("notebook:run-all-cells").then((ok) => { window.ranAll = String(ok); });
 }"""
+HIDE_FILES = """() => {
+    const commands = window.jupyterapp.commands;
+    if (commands.hasCommand("application:toggle-left-area")) commands.execute("application:toggle-left-area");
+}"""  # Notebook 7 shows none
 FAILED_OUTPUTS = "[data-mime-type='application/vnd.jupyter.stderr'], [data-mime-type='application/vnd.jupyter.error']"
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map((e) => e.innerText.trim())"
 
@@ -65,8 +69,11 @@ def write_notebook(folder: Path, *cells: str) -> Path:
 
 
 @contextmanager
-def serve(notebook: Path, folder: Path, theme: str = "JupyterLab Light") -> Iterator[str]:
-    """A JupyterLab over a copy of ``notebook``; gives the address that opens it, token included, and stops it at the end."""
+def serve(notebook: Path, folder: Path, theme: str = "JupyterLab Light", program: str = "jupyterlab") -> Iterator[str]:
+    """A JupyterLab over a copy of ``notebook``; gives the address that opens it, token included, and stops it at the end.
+
+    ``program`` "notebook" starts Notebook 7 instead, which reads the same settings and has the same commands.
+    """
     root = folder / "root"
     root.mkdir()
     shutil.copy(notebook, root)  # JupyterLab saves into the file it opened
@@ -86,15 +93,16 @@ def serve(notebook: Path, folder: Path, theme: str = "JupyterLab Light") -> Iter
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
+    settings_of, place = PROGRAMS[program]
+    command = [sys.executable, "-m", program, "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
     command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}"]
-    command += ["--LabApp.expose_app_in_browser=True", *(["--allow-root"] if os.geteuid() == 0 else [])]
+    command += [f"--{settings_of}.expose_app_in_browser=True", *(["--allow-root"] if os.geteuid() == 0 else [])]
     log = folder / "server.log"
     with log.open("wb") as out:
         server = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=folder)
         try:
             _wait_for_server(f"http://127.0.0.1:{port}/api/status?token={token}", server, log)
-            yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token={token}"
+            yield f"http://127.0.0.1:{port}/{place}/{notebook.name}?token={token}"
         finally:
             server.terminate()  # it ends its kernels, too
             try:
@@ -111,7 +119,7 @@ def _wait_for_server(url: str, server: subprocess.Popen, log: Path) -> None:
             return
         except OSError:
             alive = server.poll() is None
-            assert alive and time.monotonic() < end, f"JupyterLab did not start: {log.read_text(errors='replace')[-2000:]}"
+            assert alive and time.monotonic() < end, f"the server did not start: {log.read_text(errors='replace')[-2000:]}"
             time.sleep(0.2)
 
 
@@ -121,6 +129,8 @@ class Browser:
     def __init__(self, page: Page) -> None:
         self.page = page
         self.problems: list[str] = []
+        # Part of a console message or page error -> why it does not matter here. Anything else fails the test.
+        self.harmless: dict[str, str] = {}
         page.set_default_timeout(LIMIT_MS)
         page.on("pageerror", lambda error: self._note(f"page error: {error}"))
         page.on("console", lambda message: self._note(f"console: {message.text}") if message.type == "error" else None)
@@ -128,7 +138,7 @@ class Browser:
         page.on("request", lambda request: None if request.url.startswith(LOCAL) else self._note(f"foreign: {request.url}"))
 
     def _note(self, problem: str) -> None:
-        if not any(known in problem for known in HARMLESS):
+        if not any(known in problem for known in self.harmless):
             self.problems.append(problem)
 
     def open_and_run_all(self, url: str) -> None:
@@ -137,7 +147,7 @@ class Browser:
         self.page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext")
         self.page.evaluate(RUN_ALL)
         self.page.wait_for_function("window.ranAll !== null")
-        self.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+        self.page.evaluate(HIDE_FILES)
 
     def check_that_all_ran(self) -> None:
         """Every code cell has run, and none left an error or a warning behind."""

@@ -27,7 +27,7 @@ from workbench.figures.query import query_strip
 from workbench.figures.timeline import overlap_timeline
 
 DAMAGED = {"data": [{"type": "bar", "x": {"bdata": "AAAA", "dtype": "O"}, "y": [1]}]}
-BLUE, ORANGE = "#0072b2", "#e69f00"
+BLUE, ORANGE = "#0072b2", "#c2884e"
 
 
 def areas(drawn: Picture, colour: str, clipped: bool = True) -> list[tuple[float, float, float, float]]:
@@ -110,7 +110,7 @@ def test_text_is_escaped_and_markup_is_not_shown():
 def test_a_colour_that_is_none_cannot_leave_its_attribute():
     svg = picture(go.Figure(go.Bar(x=[1], y=[1]))).svg()
     chart = {"data": [{"type": "bar", "x": [1], "y": [1], "marker": {"color": '"><script>1</script>'}}], "layout": {}}
-    assert "<script" not in picture(chart).svg() and "#7d7d7d" in picture(chart).svg()
+    assert "<script" not in picture(chart).svg() and "#797979" in picture(chart).svg()
     assert svg.startswith("<svg ")
 
 

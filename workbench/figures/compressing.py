@@ -40,7 +40,7 @@ _CSS = f"""<style>
 .wb-received bdi {{white-space: pre-wrap; border-radius: 2px;
   background: color-mix(in srgb, {VERMILLION} calc(var(--a) * 1%), transparent)}}
 .wb-received bdi.m {{outline: 2px solid var(--jp-content-font-color1, currentColor)}}
-.wb-received i {{font-style: normal; opacity: 0.45}}
+.wb-received i {{font-style: normal; opacity: 0.72}}
 </style>"""
 
 

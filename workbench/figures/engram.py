@@ -36,7 +36,7 @@ _CSS = f"""<style>
 .wb-engram .g {{background: color-mix(in srgb, {PURPLE} calc(var(--a) * 1%), transparent)}}
 .wb-engram .x {{border-bottom: 2px dotted {VERMILLION}}}
 .wb-engram .q {{outline: 2px solid var(--jp-content-font-color1, currentColor)}}
-.wb-engram i {{font-style: normal; opacity: 0.45}}
+.wb-engram i {{font-style: normal; opacity: 0.72}}
 .wb-engram .bar {{display: inline-block; width: 120px; height: 10px; vertical-align: middle; border: 1px solid #8886;
   background: linear-gradient(90deg, transparent, color-mix(in srgb, {PURPLE} {STRONGEST}%, transparent))}}
 .wb-engram .tables {{overflow-x: auto}}

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from workbench import cost
 from workbench.config import DenseConfig, HybridConfig, SharedStreamConfig, read_config
 from workbench.errors import InputError
-from workbench.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, PURPLE, SKY, VERMILLION, chart_text, styled
+from workbench.figures.style import BLUE, CHART_CSS, GREEN, GREY, ORANGE, PINK, PURPLE, SKY, VERMILLION, chart_text, styled
 from workbench.trace import Trace
 
 PART_COLOURS = {"window": BLUE, "compressed": ORANGE, "index": GREEN, "tail": PINK, "engram": SKY, cost.KV_PART: PURPLE}
@@ -62,8 +62,8 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
     title = f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}"
     if baselines := _baselines(config):
         shapes = " and ".join(dict.fromkeys(name.split(" =")[0] for name in baselines))
-        title += f"<br>{shapes} of the same width: as many layers, query heads and dimensions a head"
-        title += "" if log else "; what is above this axis is not drawn"
+        title += f"<br>{shapes}: as many layers, query heads and dimensions a head"
+        title += "" if log else "; cut where this axis ends"
     styled(fig, title, height=540)
     fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
     fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
@@ -113,7 +113,7 @@ _CSS = (
     "<style>.wb-kv{overflow-x:auto;line-height:1.4}.wb-kv table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     ".wb-kv th,.wb-kv td{padding:2px 10px;text-align:left;vertical-align:top;white-space:nowrap;border-bottom:1px solid #8886}"
     ".wb-kv td.sum{white-space:normal;min-width:20em}"
-    ".wb-kv .n{text-align:right}.wb-kv .bad{background:#d55e00;color:#000;font-weight:bold}</style>"
+    ".wb-kv .n{text-align:right}.wb-kv .bad{background:#d55e00;color:#000;font-weight:bold}" + CHART_CSS + "</style>"
 )
 
 

@@ -310,7 +310,7 @@ def _prob_bars(record: LayerTrace, token: int, head: Head, layout: dict[str, Any
 
 
 def _bar(
-    x: Any, y: Any, width: Any, name: str, colour: str, hover: str, customdata: Any = None, opacity: float = 0.85
+    x: Any, y: Any, width: Any, name: str, colour: str, hover: str, customdata: Any = None, opacity: float = 1.0
 ) -> dict[str, Any]:
     bar = {"type": "bar", "x": x, "y": y, "width": width, "name": name, "hovertemplate": hover, "opacity": opacity}
     bar["marker"] = {"color": colour, "line": {"width": 0}}

@@ -43,7 +43,6 @@ def sharing_chart(config: Any, title: str) -> go.Figure:
     )
     for lane, colour, source_of in lanes:
         runs = _runs(layers, source_of)
-        inks = ["#ffffff" if colour in (VERMILLION, GREEN) else "#222222"] * len(runs)
         fig.add_bar(
             y=[lane] * len(runs),
             base=[first - 0.45 for _, first, _ in runs],
@@ -54,7 +53,7 @@ def sharing_chart(config: Any, title: str) -> go.Figure:
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
-            insidetextfont={"color": inks},
+            insidetextfont={"color": "#111111"},
             showlegend=False,
             hovertext=[f"layers {first} to {last}: layer {source}" for source, first, last in runs],
             hovertemplate="%{hovertext}<extra></extra>",

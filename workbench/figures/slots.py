@@ -22,7 +22,7 @@ _CSS = (
     ".wb-slots .c{border:1px solid #8888;border-bottom:4px solid var(--c);min-width:2.6em;padding:1px 4px;text-align:center;"
     "font-size:12px;font-variant-numeric:tabular-nums;white-space:pre}.wb-slots .c small{display:block;opacity:0.85}"
     ".wb-slots .new{outline:2px solid var(--c);font-weight:bold}.wb-slots .next{border-style:dashed dashed solid}"
-    ".wb-slots .free{opacity:0.45;border-bottom-color:#8888}</style>"
+    ".wb-slots .free{opacity:0.7;border-bottom-color:#8888}</style>"
 )
 
 

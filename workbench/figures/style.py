@@ -1,8 +1,10 @@
 """Colours and labels that all figures share, chosen to be told apart by everyone and on light and dark pages.
 
-The qualitative colours are those of Okabe and Ito (2008, "Color Universal Design"), the colour map follows viridis
-(van der Walt and Smith, 2015), which is perceptually uniform. Charts have no background of their own and grey text of
-about equal contrast on white and on black, because a chart cannot know the theme of the page that shows it.
+The qualitative colours begin from those of Okabe and Ito (2008, "Color Universal Design"); orange and sky blue are darker
+here, because a line or a bar needs a contrast of 3:1 (WCAG 2.2, 1.4.11) on JupyterLab's white as well as on its dark
+``#111111``. The colour map follows viridis (van der Walt and Smith, 2015), which is perceptually uniform. Charts have no
+background of their own and do not know the theme of the page: no colour gives small text its 4.5:1 on both grounds, so
+``CHART_CSS`` gives it the page's own ink, and GREY, alike on both (4.3:1), is left for pages without that style.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ import unicodedata
 import numpy as np
 import plotly.graph_objects as go
 
-BLUE, SKY, GREEN, ORANGE, VERMILLION, PINK = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7"
-PURPLE = "#6a51a3"  # a ninth part, always hatched
-GREY = "#7d7d7d"
+BLUE, SKY, GREEN, ORANGE, VERMILLION, PINK = "#0072b2", "#3296fa", "#009e73", "#c2884e", "#d55e00", "#cc79a7"
+PURPLE = "#7056a8"  # a ninth part, always hatched
+GREY = "#797979"
+# Titles, axes and legends of charts in the page's ink; a label inside a bar and a hover box keep the colour of their ground.
+CHART_CSS = """
+.js-plotly-plot :is(.infolayer, .cartesianlayer) text:not(.bartext-inside) {fill: var(--jp-ui-font-color1, #797979) !important}
+"""
 GRID = "rgba(125, 125, 125, 0.25)"
 WINDOW_COLOUR, ENTRY_COLOUR, SINK_COLOUR = BLUE, VERMILLION, GREEN  # the three places attention goes, in every figure
 

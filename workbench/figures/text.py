@@ -34,8 +34,9 @@ _CSS = """
 .wb-text .w {background: color-mix(in srgb, WINDOW calc(var(--a) * 1%), transparent)}
 .wb-text .e {background: color-mix(in srgb, ENTRY calc(var(--a) * 1%), transparent); border-bottom: 2px solid ENTRY}
 .wb-text .q {outline: 2px solid var(--jp-content-font-color1, currentColor)}
-.wb-text .f {opacity: 0.55}
-.wb-text i {font-style: normal; opacity: 0.45}
+.wb-text .f {opacity: 0.72}
+.wb-text .f i {opacity: 1}
+.wb-text i {font-style: normal; opacity: 0.72}
 .wb-text .role {display: block; width: fit-content; margin: 8px 0 2px; padding: 0 7px; border-radius: 9px; font-weight: 600;
   font-family: var(--jp-ui-font-family, sans-serif); font-size: 11px; line-height: 1.6;
   border: 1px solid var(--jp-border-color1, grey); border-left-width: 5px}

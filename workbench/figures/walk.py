@@ -31,7 +31,7 @@ _CSS = f"""<style>
 .wb-walk ol {{margin: 0; padding-left: 2.2em; font-size: 12px; line-height: 1.6}}
 .wb-walk li {{cursor: pointer; padding: 0 4px; border-radius: 3px}} .wb-walk li:hover {{outline: 1px solid #8888}}
 .wb-walk li.q {{background: color-mix(in srgb, {BLUE} 25%, transparent); font-weight: bold}}
-.wb-walk li.idle {{opacity: 0.55}}
+.wb-walk li.idle {{opacity: 0.72}}
 .wb-walk h4 {{margin: 0 0 4px; font-size: 15px}}
 .wb-walk .equation {{font-family: var(--jp-code-font-family, monospace); font-size: 15px; padding: 4px 0 6px; overflow-x: auto}}
 .wb-walk figure {{margin: 6px 0 10px; overflow-x: auto}} .wb-walk figcaption {{font-size: 12px; padding-bottom: 2px}}

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from workbench.errors import InputError
 from workbench.figures.predict import guess_and_result, number, with_guess
+from workbench.figures.style import CHART_CSS
 from workbench.widgets.render import as_output
 
 Control = Literal["slider", "log slider", "number"]
@@ -53,7 +54,7 @@ class Prediction(ipw.VBox):
         self.status, self.view = ipw.HTML(), ipw.Output()
         self.show.on_click(lambda _: self.lock())
         row = ipw.HBox([self.control, self.show], layout=ipw.Layout(flex_flow="row wrap", align_items="center"))
-        asked = ipw.HTML(f"<p style='line-height:1.5'><b>Predict:</b> {escape(question)}</p>")
+        asked = ipw.HTML(f"<style>{CHART_CSS}</style><p style='line-height:1.5'><b>Predict:</b> {escape(question)}</p>")
         super().__init__([asked, row, self.status, self.view])
 
     @property

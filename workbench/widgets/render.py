@@ -16,6 +16,8 @@ import numpy as np
 import plotly.graph_objects as go
 import traitlets as tl
 
+from workbench.figures.style import CHART_CSS
+
 CHART_MIME = "application/vnd.plotly.v1+json"
 
 
@@ -48,10 +50,13 @@ class Pointer(anywidget.AnyWidget):
     """
 
     _esm = (Path(__file__).parent / "pointer.js").read_text(encoding="utf-8")
-    _css = """
+    _css = (
+        """
 .wb-pointer.wb-text {overflow-y: auto; padding: 2px}
 .wb-pointer.wb-text:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
 """
+        + CHART_CSS
+    )
     mode = tl.Enum(("text", "picture"), "text").tag(sync=True)
     label = tl.Unicode().tag(sync=True)  # read out by screen readers
     height = tl.Int(0).tag(sync=True)  # CSS pixels of a picture; of a text, the most it takes before it scrolls (0: no limit)

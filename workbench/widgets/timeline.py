@@ -13,6 +13,7 @@ import numpy as np
 
 from workbench import chrome_trace
 from workbench.errors import InputError, WorkbenchError
+from workbench.figures.style import CHART_CSS
 from workbench.figures.timeline import overlap_comparison, overlap_numbers, overlap_timeline
 from workbench.profile import Profile
 from workbench.trace import Timeline, Trace
@@ -61,7 +62,7 @@ class TimelineView(ipw.VBox):
             self._drawn = (trace, step)
             self.figure = overlap_timeline(trace.timeline, step)
             self.view.outputs = (as_output(self.figure),)
-            self.numbers.value = f"<p>{escape(_run_numbers(trace))}</p>"
+            self.numbers.value = f"<style>{CHART_CSS}</style><p>{escape(_run_numbers(trace))}</p>"
 
 
 class ComparisonView(ipw.VBox):
