@@ -22,6 +22,7 @@ from workbench.figures.attention import (
     layer_thumbnails,
     thumbnails,
 )
+from workbench.figures.pooling import column_count
 from workbench.figures.query import describe, query_facts, query_strip, source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
@@ -91,6 +92,40 @@ def test_a_tile_is_the_pooled_maximum_of_the_whole_matrix(family, layer, head, c
     expected = pooled(full_matrix(trace.layer(layer), head, composite), *tile.pooling)
     np.testing.assert_array_equal(tile.values, expected)
     assert not tile.values[~tile.visible].any() and max(expected.shape) <= max_pixels
+
+
+@pytest.mark.parametrize("head", [0, "max", "mean"])
+@every_layer
+@pytest.mark.parametrize(("rows", "columns", "max_pixels"), [(None, None, 19), ((5, 90), (2, 41), 11), (None, None, 800)])
+def test_a_mean_tile_is_the_mean_over_the_pairs_that_may_see_each_other(family, layer, head, rows, columns, max_pixels):
+    trace = TRACES[family]
+    record = trace.layer(layer)
+    if rows is not None:
+        rows, columns = (rows[0], min(rows[1], record.length)), (columns[0], min(columns[1], column_count(record)))
+    tile = attention_tile(trace, layer, head, rows, columns, max_pixels, pool="mean")
+    exact = full_matrix(record, head).astype(np.float64)
+    t, column = np.arange(record.length)[:, None], np.arange(exact.shape[1])
+    tokens = record.length if record.window else 0
+    entry_seen = column - tokens < (t + 1) // record.ratio if record.ratio else False
+    visible = np.where(column < tokens, (column <= t) & (column > t - record.window), entry_seen)
+    for i, j in np.ndindex(tile.values.shape):
+        cells = tuple(
+            slice(start + at * pool, min(start + (at + 1) * pool, stop))
+            for at, pool, (start, stop) in zip((i, j), tile.pooling, (tile.row_range, tile.column_range), strict=True)
+        )
+        pairs = visible[cells].sum()
+        assert tile.values[i, j] == pytest.approx(exact[cells].sum() / max(pairs, 1), abs=1e-6)
+        assert tile.visible[i, j] == bool(pairs)
+
+
+def test_what_was_recorded_as_maxima_has_no_mean():
+    trace = synthetic_trace(4409, seed=2, kinds=("hca",), heads=2, window=3, hca_ratio=64)
+    with pytest.raises(InputError, match="maxima of 4 entries.*pool='max'"):
+        attention_tile(trace, 0, "max", max_pixels=211, pool="mean")
+    early = attention_tile(trace, 0, "max", rows=(0, 1000), max_pixels=50, pool="mean")
+    assert early.values.any() and early.pool == "mean"
+    with pytest.raises(InputError, match="pool is 'max' or 'mean'"):
+        attention_tile(trace, 0, pool="median")
 
 
 @pytest.mark.parametrize("composite", [False, True])

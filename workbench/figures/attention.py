@@ -11,7 +11,6 @@ One letter sizes: L tokens, S compressed entries, W window, H heads, K kept entr
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,15 +19,22 @@ from PIL import Image
 
 from workbench.errors import InputError
 from workbench.figures import style
+from workbench.figures.pooling import (
+    Head,
+    Range,
+    column_count,
+    largest_probs,
+    mean_probs,
+    selected_shares,
+    visible_cells,
+    window_columns,
+)
 from workbench.trace import LayerTrace, Trace
-
-Head = int | Literal["max", "mean"]
-Range = tuple[int, int]  # (start, stop)
 
 TILE_BYTES = 180_000  # a notebook keeps pictures as base64, a third larger, and a view has 250 KB
 THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 5_000, 56
 MAX_CELL_PIXELS = 32
-CHUNK_VALUES = 1 << 20  # probabilities worked on at once
+Pool = Literal["max", "mean"]
 SELECTED = "selected (no probabilities in a capture)"
 THUMBNAIL_QUERIES = 8  # of a capture, looked at for each row of a thumbnail's cells; the large map looks at all
 LAYER_NAMES = {
@@ -46,11 +52,12 @@ LAYER_NAMES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """A max-pooled picture of attention and what its cells stand for.
+    """A pooled picture of attention and what its cells stand for.
 
-    ``values`` [h, w] float32 holds the largest probability in each cell of ``pooling`` (rows, columns); a cell is drawn
-    ``scale`` (rows, columns) pixels large. The colour is the square root of the probability, 0 to 1, so that small ones
-    show; cells no query of theirs may look at are transparent, ``visible`` [h, w] is False there.
+    ``values`` [h, w] float32 holds the largest probability in each cell of ``pooling`` (rows, columns), or with ``pool``
+    "mean" the mean over the pairs of it that may see each other; a cell is drawn ``scale`` (rows, columns) pixels large. The
+    colour is the square root of the probability, 0 to 1, so that small ones show; cells no query of theirs may look at are
+    transparent, ``visible`` [h, w] is False there.
     Of a layer of which only the selection is known, ``values`` holds the share of the cell's pairs (query, column it may look
     at) that were selected: 1 or 0 where a cell is one pair.
     """
@@ -65,6 +72,7 @@ class Tile:
     layer: LayerTrace = field(repr=False)
     head: Head = "max"
     composite: bool = False
+    pool: Pool = "max"
 
     def column_label(self, i: int) -> tuple[int, ...]:
         """The tokens that column ``i`` was made from, counted as in ``column_range``: one token, or all of an entry's."""
@@ -86,22 +94,13 @@ class Tile:
             for at, pool, (start, stop) in zip((i, j), self.pooling, (self.row_range, self.column_range), strict=True)
         )
         if self.layer.selection_only:
-            exact = _shares(self.layer, rows, columns, (1, 1), self.composite)
+            exact = selected_shares(self.layer, rows, columns, (1, 1), self.composite)
         else:
             exact = largest_probs(self.layer, self.head, rows, columns, (1, 1), self.composite)
         if not exact.any():  # nothing is attended here: the pair in the middle stands for the cell
             return (rows[0] + rows[1] - 1) // 2, (columns[0] + columns[1] - 1) // 2
         row, column = divmod(int(exact.argmax()), exact.shape[1])
         return rows[0] + row, columns[0] + column
-
-
-def window_columns(layer: LayerTrace) -> int:
-    """How many columns stand for window tokens; the column of entry 0."""
-    return layer.length if layer.window else 0
-
-
-def column_count(layer: LayerTrace) -> int:
-    return window_columns(layer) + layer.entries
 
 
 def column_tokens(layer: LayerTrace, column: int) -> tuple[int, ...]:
@@ -161,15 +160,19 @@ def attention_tile(
     columns: Range | None = None,
     max_pixels: int = 800,
     step: int | None = None,
+    *,
+    pool: Pool = "max",
 ) -> Tile:
     """Attention probabilities of ``layer`` as one PNG of at most ``max_pixels`` a side and 250 KB, whatever the length.
 
     ``head`` is a number, or "max" or "mean" over the heads; ``rows`` and ``columns`` are (start, stop) and default to all;
-    ``step`` keeps the rows one step processed. Where rows over all entries were recorded pooled, a value covers the entries
-    it is the maximum of. Raises InputError for a layer, head, step or range the trace does not have.
+    ``step`` keeps the rows one step processed. A cell of several queries and columns shows their largest probability, or with
+    ``pool="mean"`` the mean over those pairs of them that may see each other. Where rows over all entries were recorded pooled,
+    a value covers the entries it is the maximum of, and there is no mean. Raises InputError for a layer, head, step, range or
+    pooling the trace does not have.
     """
     record = trace.layer(layer)
-    return _tile(trace, record, head, rows, columns, column_count(record), max_pixels, step, TILE_BYTES, False)
+    return _tile(trace, record, head, rows, columns, column_count(record), max_pixels, step, TILE_BYTES, False, pool)
 
 
 def composite_tile(
@@ -218,8 +221,11 @@ def _tile(
     step: int | None,
     budget: int,
     composite: bool,
+    pool: Pool = "max",
 ) -> Tile:
     check_head(record, head)
+    if pool not in ("max", "mean"):
+        raise InputError(f"pool is 'max' or 'mean', got {pool!r:.40}")
     if max_pixels < 1:
         raise InputError(f"max_pixels must be at least 1, got {max_pixels}")
     rows = checked_range("rows", rows, record.length)
@@ -235,7 +241,9 @@ def _tile(
     pooling = sides[0][1], sides[1][1]
     if record.selection_only:
         every = max(1, pooling[0] // THUMBNAIL_QUERIES) if budget == THUMBNAIL_BYTES else 1
-        values = _shares(record, rows, columns, pooling, composite, every)
+        values = selected_shares(record, rows, columns, pooling, composite, every)
+    elif pool == "mean" and pooling != (1, 1):
+        values = mean_probs(record, head, rows, columns, pooling)
     else:
         values = largest_probs(record, head, rows, columns, pooling, composite)
     visible = visible_cells(record, rows, columns, pooling, composite)
@@ -243,7 +251,7 @@ def _tile(
     height, width = values.shape
     scale = sides[0][2], sides[1][2]
     png = tile_png(values, visible, scale, budget)
-    return Tile(png, values, visible, pooling, scale, rows, columns, record, head, composite)
+    return Tile(png, values, visible, pooling, scale, rows, columns, record, head, composite, pool)
 
 
 def check_head(record: LayerTrace, head: Head) -> None:
@@ -262,200 +270,6 @@ def checked_range(name: str, given: Range | None, size: int) -> Range:
     if not 0 <= start < stop <= size:
         raise InputError(f"{name} must be a non-empty (start, stop) within 0..{size}, got ({start}, {stop})")
     return int(start), int(stop)
-
-
-def of_head(probs: np.ndarray, head: Head) -> np.ndarray:
-    """[..., H, N] -> [..., N] float32: one head, or the maximum or mean over the heads."""
-    if head == "max":
-        return probs.max(axis=-2).astype(np.float32)
-    if head == "mean":
-        return probs.mean(axis=-2, dtype=np.float32)
-    return probs[..., head, :].astype(np.float32)
-
-
-def largest_probs(
-    record: LayerTrace, head: Head, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool
-) -> np.ndarray:
-    """The largest probability per cell, [h, w] float32, gathered chunk by chunk of rows.
-
-    Numbers of one size are compared as integers, which keeps the order of half-precision floats from 0 up and is many times
-    faster than comparing those; what is negative counts as 0.
-    """
-    height, width = (-(-(stop - start) // pool) for (start, stop), pool in zip((rows, columns), pooling, strict=True))
-    grid = np.zeros((height, width), np.float32 if head == "mean" else np.int16)
-
-    def scatter(cells: np.ndarray, column: np.ndarray, value: np.ndarray) -> None:
-        """Put value [n, m] at column [n, m] into the cells of rows [n]."""
-        flat = (column - columns[0]) // pooling[1] + (cells * width)[:, None]
-        inside = (value > 0) & (column >= columns[0]) & (column < columns[1])
-        np.maximum.at(grid.reshape(-1), flat[inside], value[inside])
-
-    first, last = columns[0], columns[1] + record.window - 1  # no other query has a window over these columns
-    for start, stop in _chunks(record, (max(rows[0], first), min(rows[1], last))) if record.window else ():
-        t = np.arange(start, stop)
-        scatter((t - rows[0]) // pooling[0], *_window_runs(record, head, t, columns, pooling[1]))
-    for start, stop in _chunks(record, rows) if record.ratio else ():
-        t = np.arange(start, stop)
-        cells = (t - rows[0]) // pooling[0]
-        if record.selected is not None and record.selected_probs is not None:
-            kept, value = record.selected[start:stop], comparable(record.selected_probs[start:stop], head)
-            value = np.where(kept >= 0, value, value.dtype.type(0))
-            if composite:
-                one, reach = np.maximum(0, kept * record.ratio - record.look_back), (kept + 1) * record.ratio - 1
-                scatter(cells, one, value)
-                whose, which = np.nonzero((one - columns[0]) // pooling[1] != (reach - columns[0]) // pooling[1])
-                cells, one, reach, value = cells[whose], one[whose, which], reach[whose, which], value[whose, which]
-                while len(one):  # one token in every further cell that the sources touch
-                    one = np.minimum(one + pooling[1], reach)
-                    scatter(cells, one[:, None], value[:, None])
-                    more = one < reach
-                    cells, one, reach, value = cells[more], one[more], reach[more], value[more]
-            else:
-                scatter(cells, window_columns(record) + kept, value)
-        if record.entry_probs is not None and record.entries:
-            edges = np.flatnonzero(np.diff(cells, prepend=-1))  # where a new row of cells begins
-            recorded = record.entry_probs[start:stop]
-            if head == "max":  # of rows, then of heads: the same, and nothing is copied
-                band = most_of_heads(np.maximum.reduceat(recorded.view(np.int16), edges, axis=0))
-            else:
-                band = np.maximum.reduceat(comparable(recorded, head), edges, axis=0)  # [h', E]
-            spread = _spread(record, band, columns, pooling[1], record.entry_pooling(start), composite)
-            grid[cells[edges]] = np.maximum(grid[cells[edges]], spread)
-    return grid if head == "mean" else grid.view(np.float16).astype(np.float32)
-
-
-def comparable(probs: np.ndarray, head: Head) -> np.ndarray:
-    """float16 [..., H, N] -> [..., N] of one head or the maximum over heads, as int16 in the same order, or float32 means."""
-    bits = probs.view(np.int16)
-    if head != "mean":
-        return most_of_heads(bits) if head == "max" else bits[..., head, :]
-    # A half's exponent and fraction, put where a single's are, are its value but for the exponents' different zero points:
-    # exact from 0 up, and many times faster than numpy's own conversion.
-    values = (np.maximum(bits, 0).astype(np.int32) << 13).view(np.float32)
-    total = values[..., 0, :].copy()
-    for one in range(1, probs.shape[-2]):
-        total += values[..., one, :]
-    total *= np.float32(2.0 ** (127 - 15))
-    total /= np.float32(probs.shape[-2])
-    return total
-
-
-def most_of_heads(bits: np.ndarray) -> np.ndarray:
-    """[..., H, N] -> [..., N]: the maximum, half of the heads against the other half, whose rows are neighbours in memory."""
-    while (heads := bits.shape[-2]) > 1:
-        half = heads // 2
-        most = np.maximum(bits[..., :half, :], bits[..., half : 2 * half, :])
-        if heads % 2:
-            np.maximum(most[..., :1, :], bits[..., -1:, :], out=most[..., :1, :])
-        bits = most
-    return bits[..., 0, :]
-
-
-def _window_runs(record: LayerTrace, head: Head, t: np.ndarray, columns: Range, pool: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of queries t [n] pooled to at most one value a cell: columns [n, m] and values [n, m].
-
-    A window's columns are neighbours, so those of one cell are a run of a row; m is about W / pool + 1.
-    """
-    value = comparable(record.window_probs[t[0] : t[-1] + 1], head)
-    oldest = t - record.window + 1
-    over = max(0, columns[1] - int(t[0]))  # queries from here on also see columns beyond the last
-    if over < len(t):
-        value = value.copy()
-        seen = oldest[over:, None] + np.arange(record.window)
-        value[over:][seen >= columns[1]] = 0
-    next_cell = -(oldest - columns[0]) % pool  # where a window goes on into another cell
-    runs = np.minimum(next_cell[:, None] + pool * np.arange(-(-record.window // pool)), record.window - 1)
-    runs = np.concatenate([np.zeros((len(t), 1), np.int64), runs], axis=1)
-    flat = np.ascontiguousarray(value).reshape(-1)
-    most = np.maximum.reduceat(flat, (record.window * np.arange(len(t))[:, None] + runs).reshape(-1)).reshape(runs.shape)
-    return oldest[:, None] + runs, most
-
-
-def _shares(
-    record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool, every: int = 1
-) -> np.ndarray:
-    """Of each cell's pairs of a query and a column it may look at, the share that was selected, [h, w] float32.
-
-    ``every`` looks at each so manyth query only.
-    """
-    assert record.selected is not None
-    height, width = (-(-(stop - start) // pool) for (start, stop), pool in zip((rows, columns), pooling, strict=True))
-    each = record.ratio if composite else 1  # columns that an entry is drawn over
-    left = columns[0] + pooling[1] * np.arange(width)
-    right = np.minimum(left + pooling[1], columns[1])
-    bins = record.entries + 1  # the first for -1
-    kept_pairs, pairs = np.zeros((height, width), np.int64), np.zeros((height, width), np.int64)
-    size = every * max(1, CHUNK_VALUES // max(record.selected.shape[1], width))
-    for start in range(rows[0], rows[1], size):
-        t = np.arange(start, min(start + size, rows[1]), every)
-        cells = (t - rows[0]) // pooling[0]
-        edges = np.flatnonzero(np.diff(cells, prepend=-1))  # where a new row of cells begins
-        at = cells[edges]
-        first_bin = np.searchsorted(at, cells) * bins + 1
-        flat = first_bin[:, None] + record.selected[t[0] : t[-1] + 1 : every]
-        counts = np.bincount(flat.reshape(-1), minlength=len(at) * bins).reshape(len(at), bins)
-        counts[:, 0] = 0
-        sums = np.cumsum(counts, axis=1)
-        before = []  # columns before a cell's left and right edge: of whole entries, and of the one that the edge cuts
-        for edge in (left, right):
-            whole = np.minimum(edge // each, record.entries)
-            cut = np.where(whole < record.entries, edge % each, 0)
-            before.append(sums[:, whole] * each + counts[:, np.minimum(whole + 1, record.entries)] * cut)
-        kept_pairs[at] += before[1] - before[0]
-        seen = np.clip(np.minimum(right, each * ((t + 1) // record.ratio)[:, None]) - left, 0, None)
-        pairs[at] += np.add.reduceat(seen, edges, axis=0)
-    return (kept_pairs / np.maximum(pairs, 1)).astype(np.float32)
-
-
-def _chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:
-    """Split ``rows`` so that a chunk is small and, where rows are over all entries, recorded with one entry pooling."""
-    width = record.window
-    for probs in (record.selected_probs, record.entry_probs):
-        width += 0 if probs is None else probs.shape[-1]
-    size = max(1, CHUNK_VALUES // max(1, record.heads * width))
-    start = rows[0]
-    while start < rows[1]:
-        stop = min(start + size, rows[1])
-        if record.entry_probs is not None:
-            stop = min(stop, record.pooled_alike_until(start))
-        yield start, stop
-        start = stop
-
-
-def _spread(
-    record: LayerTrace, band: np.ndarray, columns: Range, pool: int, recorded_pooling: int, composite: bool
-) -> np.ndarray:
-    """Rows over all entries [h', E] -> [h', w]: a cell takes the maximum of the recorded columns its entries fall into."""
-    low = np.arange(columns[0], columns[1], pool)
-    high = np.minimum(low + pool, columns[1])
-    if composite:
-        low, high = low // record.ratio, (high - 1) // record.ratio + 1
-    else:
-        low, high = np.maximum(low - window_columns(record), 0), high - window_columns(record)
-    high = np.minimum(high, record.entries)
-    empty = high <= low
-    most = band.shape[1]
-    low, high = np.minimum(low // recorded_pooling, most), np.minimum(-(-high // recorded_pooling), most)
-    bounds = np.stack([low, np.maximum(high, 0)], axis=1).reshape(-1)
-    padded = np.pad(band, ((0, 0), (0, 1)))  # so that the end of the last column is a valid index
-    spread = np.maximum.reduceat(padded, bounds, axis=1)[:, ::2]
-    return np.where(empty, 0.0, spread)
-
-
-def visible_cells(record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool) -> np.ndarray:
-    """[h, w] bool: may any query of the cell look at any column of it?"""
-    top = np.arange(rows[0], rows[1], pooling[0])[:, None]
-    bottom = np.minimum(top + pooling[0], rows[1]) - 1
-    left = np.arange(columns[0], columns[1], pooling[1])
-    right = np.minimum(left + pooling[1], columns[1]) - 1
-    tokens = window_columns(record)
-    seen = (left <= bottom) & (np.minimum(right, tokens - 1) > top - record.window) & (left < tokens)
-    if record.ratio:
-        closed = (bottom + 1) // record.ratio
-        if composite:
-            return seen | (left < closed * record.ratio)
-        return seen | ((right >= tokens) & (np.maximum(left - tokens, 0) < closed))
-    return seen
 
 
 def tile_png(values: np.ndarray, visible: np.ndarray, scale: tuple[int, int], budget: int) -> bytes:

@@ -23,9 +23,9 @@ from workbench.figures.attention import (
     describe_head,
     describe_layer,
     entry_name,
-    of_head,
     window_columns,
 )
+from workbench.figures.pooling import of_head
 from workbench.trace import LayerTrace, Trace
 
 MAX_POINTS = 200  # bars of one kind in a chart; more are pooled by their maximum (a strip has 10 KB)
