@@ -31,10 +31,10 @@ from workbench.figures.attention import (
 )
 from workbench.figures.query import describe, query_facts, source_probs, strip_chart
 from workbench.figures.readout import facts_line, readout
-from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.render import Pointer, as_output
 from workbench.widgets.session import FINAL_STATES, Session, session_of
+from workbench.widgets.text import TextPanel
 
 if TYPE_CHECKING:
     from workbench.live import LiveRun
@@ -50,7 +50,6 @@ MIN_SIDE_PIXELS = 120  # a picture of few cells is stretched to this
 MIN_LABEL_PIXELS = 13  # cells at least this large are labelled one by one
 LABEL_PIXELS = 130  # beside a map, for the labels of its rows
 TICKS = 7
-TEXT_PIXELS = 300
 MOST_THUMBNAILS = 24  # of heads, and of layers; the menus list all
 TITLE = "<div style='line-height:1.5'><b>{}</b><br>{}</div>"
 
@@ -95,10 +94,10 @@ class AttentionExplorer(ipw.VBox):
             mode="picture", label="Attention map", layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + LABEL_PIXELS}px")
         )
         self.strip = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="380px", margin="0 0 0 16px"))
-        self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
+        self.text_panel = TextPanel(self.session)
+        self.text = self.text_panel.text
         self.thumbnails.on_msg(self._on_thumbnail)
         self.map.on_msg(self._on_map)
-        self.text.on_msg(self._on_text)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         self.body = ipw.VBox(
             [
@@ -107,7 +106,7 @@ class AttentionExplorer(ipw.VBox):
                 self.readout,
                 ipw.HBox([self.map, self.strip], layout=ipw.Layout(flex_flow="row wrap")),
                 self.facts,
-                self.text,
+                self.text_panel,
                 self.line,
             ]
         )
@@ -195,11 +194,6 @@ class AttentionExplorer(ipw.VBox):
         with self.session.lock:
             setattr(self.session, kind, int(value) if value.isdecimal() else value)
 
-    def _on_text(self, _: Any, message: Any, buffers: Any) -> None:
-        chosen = self.session.token + message.get("by", 0) if message.get("type") == "move" else int(message.get("token", -1))
-        if 0 <= chosen < self.session.trace.length:
-            self.session.choose_token(chosen)
-
     def _on_map(self, _: Any, message: Any, buffers: Any) -> None:
         with self.session.lock:
             tile = self.tile
@@ -276,7 +270,7 @@ class AttentionExplorer(ipw.VBox):
             )
             self._draw("strip", (trace, record.layer, head, token), self._draw_strip, trace, record, head, token)
             self._draw("facts", (trace, record.layer, head, token), self._draw_facts, trace, record, head, token)
-            self._draw("text", (trace, record.layer, head, token), self._draw_text, trace, record, head, token)
+            self._draw("text", (trace, record.layer, head, token), self.text_panel.draw, trace, record.layer, head, token)
             asked = f"layer={record.layer}, head={head!r}, token={token}, view={self.view.value!r}"
             zoom = "" if self._zoom is None else f", rows={self._zoom[0]}, columns={self._zoom[1]}"
             self.line.value = f"explorer.look({asked}{zoom})"
@@ -410,9 +404,6 @@ class AttentionExplorer(ipw.VBox):
 
     def _draw_facts(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         self.facts.value = facts_line(query_facts(trace, record.layer, token, head), head)
-
-    def _draw_text(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
-        self.text.show(html=text_view(trace, record.layer, head, token))
 
 
 def view_of(record: LayerTrace, chosen: str) -> str:

@@ -101,10 +101,10 @@ function picture(model, root) {
 
 function text(model, root) {
   function showChosen() {
-    const query = root.querySelector("[data-token].q");
-    if (!query) return;
-    const top = query.offsetTop - root.offsetTop;
-    if (top < root.scrollTop || top > root.scrollTop + root.clientHeight - 24) root.scrollTop = top - root.clientHeight / 2;
+    const chosen = root.querySelector("[data-show]") ?? root.querySelector("[data-token].q");
+    if (!chosen) return;
+    const top = chosen.offsetTop - root.offsetTop, above = root.querySelector("p")?.offsetHeight ?? 0; // it stays on top
+    if (top < root.scrollTop + above || top > root.scrollTop + root.clientHeight - 24) root.scrollTop = top - root.clientHeight / 2;
   }
   // What is drawn before it is in the page has no height and cannot be scrolled yet.
   const appeared = new ResizeObserver(() => {
