@@ -1,4 +1,4 @@
-"""Searching the explorer's text in a real JupyterLab with the keyboard alone, in both themes, and scrubbing through the steps."""
+"""Searching the explorer's text in a real JupyterLab with the keyboard alone, in both themes."""
 
 from __future__ import annotations
 

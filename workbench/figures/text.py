@@ -32,7 +32,8 @@ _CSS = (
 .wb-text {font-family: var(--jp-code-font-family, monospace); font-size: 13px; line-height: 1.75; overflow-wrap: anywhere;
   color: var(--jp-content-font-color1, inherit); unicode-bidi: plaintext; text-align: start}
 .wb-text bdi[data-token] {unicode-bidi: normal}
-.wb-text p {direction: ltr; margin: 0; padding: 0 0 6px; position: sticky; top: 0; background: var(--jp-layout-color0, Canvas);
+.wb-text p {direction: ltr; margin: 0; padding: 2px 0 6px; position: sticky; top: 0; z-index: 1;
+  background: var(--jp-layout-color0, Canvas);
   font-family: var(--jp-ui-font-family, sans-serif); font-size: 12px}
 .wb-text bdi {white-space: pre-wrap; padding: 1px 0; border-radius: 2px; cursor: pointer}
 .wb-text bdi:hover {outline: 1px solid var(--jp-border-color1, grey)}

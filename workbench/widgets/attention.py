@@ -119,6 +119,7 @@ class AttentionExplorer(ipw.VBox):
         if self._following:
             self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
             self._following = False
+            self.text_panel.close()
         super().close()
 
     @property

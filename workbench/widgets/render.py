@@ -67,7 +67,7 @@ class Pointer(anywidget.AnyWidget):
 .wb-column-labels span {position: absolute; top: 4px; transform: translateX(-50%); white-space: pre; line-height: 1}
 .wb-upright span {writing-mode: vertical-rl}
 .wb-column-title {grid-column: 3; grid-row: 3; text-align: center}
-.wb-pointer.wb-text {overflow-y: auto; padding: 2px}
+.wb-pointer.wb-text {overflow-y: auto; padding: 0 2px}
 .wb-pointer.wb-text:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
 """
     mode = tl.Enum(("picture", "text"), "picture").tag(sync=True)

@@ -86,9 +86,9 @@ class Session(tl.HasTraits):
                 self.step = self.trace.step_of_token(t)
 
     def choose_step(self, step: int) -> None:
-        """A person chose a step: show its last token in every view."""
+        """A person chose a step: show its last token in every view. Choosing the newest of a run at work follows it again."""
         with self.lock, self.hold_trait_notifications():
-            self.follow = False
+            self.follow = self.run is not None and self.state not in FINAL_STATES and step == self.trace.steps - 1
             self.step = step
             if self.trace.steps:
                 self.token = self.trace.step_end(step) - 1

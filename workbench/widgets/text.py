@@ -16,6 +16,7 @@ from workbench.figures.text import text_view
 from workbench.trace import Trace
 from workbench.widgets.render import Pointer
 from workbench.widgets.session import Session
+from workbench.widgets.steps import StepSlider
 
 TEXT_PIXELS = 300
 
@@ -43,9 +44,10 @@ class FindBar(anywidget.AnyWidget):
 
 
 class TextPanel(ipw.VBox):
-    """A search field over the text around the session's query. Whoever shows it calls ``draw``; it redraws itself to search.
+    """A search field and a slider over the steps above the text around the session's query.
 
-    ``matches`` are the first and last tokens of what was found, ``at`` the number of the one gone to, -1 for none.
+    Whoever shows it calls ``draw``; it redraws itself to search. ``matches`` are the first and last tokens of what was
+    found, ``at`` the number of the one gone to, -1 for none.
     """
 
     def __init__(self, session: Session) -> None:
@@ -57,10 +59,15 @@ class TextPanel(ipw.VBox):
         self._drawn: tuple[Trace, int, Head, int] | None = None
         self.find = FindBar()
         self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
-        super().__init__([self.find, self.text])
+        self.step = StepSlider(session)
+        super().__init__([ipw.HBox([self.find, self.step], layout=ipw.Layout(flex_flow="row wrap")), self.text])
         self.find.observe(self._on_needle, names=["needle", "match_case"])
         self.find.on_msg(self._on_find)
         self.text.on_msg(self._on_text)
+
+    def close(self) -> None:
+        self.step.close()
+        super().close()
 
     def draw(self, trace: Trace, layer: int, head: Head, token: int) -> None:
         """Show the text around ``token`` and, while a match is gone to, the text around that."""
