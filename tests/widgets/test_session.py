@@ -1,5 +1,6 @@
 import gc
 import threading
+import time
 import weakref
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import pytest
 from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
 from workbench.errors import InputError
+from workbench.widgets import session as painting
 from workbench.widgets.memory import KVCacheGrowth
-from workbench.widgets.session import Session, session_of
+from workbench.widgets.session import Session, resting_s, session_of
 from workbench.widgets.timeline import OverlapTimeline
 
 TRACE = synthetic_trace(47, prompt_length=31, prefill_chunk=13)
@@ -129,6 +131,71 @@ def test_a_choice_made_while_the_painter_publishes_wins():
     run.becomes(trace=TRACE, state="done")
     eventually(lambda: painter_is_gone(session), "the painter ends")
     assert (session.token, session.step) == (5, 0)
+
+
+class Drawing:
+    """A view that works for a while at each snapshot of a run whose every token is an event."""
+
+    def __init__(self, run, worked_s):
+        self.worked_s, self.spent_s, self.frames = worked_s, 0.0, 0
+        self.session = session_of(run)
+        self.session.observe(self.draw, names="trace")
+
+    def draw(self, change):
+        end = time.thread_time() + self.worked_s
+        while time.thread_time() < end:
+            pass
+        self.spent_s += self.worked_s
+        self.frames += 1
+
+
+def lengthening(run, view, enough):
+    """Tokens until ``enough``; how many there were and how long that took."""
+    began, tokens = time.monotonic(), 0
+    while not enough(view):
+        tokens += 1
+        run.becomes(trace=replace(TRACE), kind="token")
+        time.sleep(2e-3)
+        assert time.monotonic() < began + 60
+    took = time.monotonic() - began
+    run.becomes(state="done")
+    eventually(lambda: painter_is_gone(view.session), "the painter ends")
+    return tokens, took
+
+
+def test_drawing_keeps_to_its_share_of_the_time_and_leaves_snapshots_out(monkeypatch):
+    monkeypatch.setattr(painting, "FRAME_S", 0.01)
+    run = FakeRun(shorter(TRACE, 33))
+    view = Drawing(run, worked_s=0.03)
+    tokens, took = lengthening(run, view, lambda v: v.frames >= 8)
+    assert view.spent_s <= painting.SHARE * took + 2 * view.worked_s  # the frames at either end
+    assert view.frames < tokens / 4
+
+
+def test_quick_frames_come_no_faster_than_somebody_can_look(monkeypatch):
+    monkeypatch.setattr(painting, "FRAME_S", 0.1)
+    run = FakeRun(shorter(TRACE, 33))
+    view = Drawing(run, worked_s=0.0)
+    _, took = lengthening(run, view, lambda v: v.frames >= 6)
+    assert view.frames <= took / 0.1 + 2
+
+
+def test_a_new_state_is_shown_without_waiting_for_the_share():
+    run = FakeRun(shorter(TRACE, 33))
+    view = Drawing(run, worked_s=0.5)
+    run.becomes(trace=TRACE, kind="token")
+    eventually(lambda: view.frames == 1, "a slow frame is drawn")
+    began = time.monotonic()
+    run.becomes(trace=LONGER, state="paused")
+    eventually(lambda: view.session.state == "paused", "the state is shown")
+    assert time.monotonic() - began < resting_s(view.worked_s, 0.0)
+    run.becomes(state="stopped")
+
+
+def test_the_rest_after_a_frame_makes_up_for_its_work():
+    assert resting_s(0.0, 0.0) == painting.FRAME_S and resting_s(0.0, 9.0) == 0.0
+    for worked in (0.05, 0.4, 3.0):
+        assert worked / (worked + resting_s(worked, worked)) == pytest.approx(painting.SHARE)
 
 
 def test_a_session_and_its_trace_are_freed_when_nobody_looks():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -243,6 +244,7 @@ def _token(text: str, first: int, last: int, window: float, entries: float, mark
     return f"<bdi{named}{attributes}{shown}>{escaped(text)}</bdi>"
 
 
+@lru_cache(maxsize=2**13)  # a live run draws the same tokens several times a second
 def escaped(text: str) -> str:
     """A token's text, escaped; line ends, control characters and white space with nothing around it are drawn, faintly."""
     blank = not text.strip()

@@ -2,7 +2,8 @@
 
 Widgets given the same LiveRun or Trace share a Session, so that choosing a token in one moves the others, and a new run
 started by RunControls shows up in all of them. While a run works, one painter thread publishes a fresh snapshot a few times a
-second; the run's own thread never draws.
+second; the run's own thread never draws. Drawing and generating take turns in one interpreter, so the painter keeps to a share
+of the time and leaves snapshots out when drawing is slow.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from workbench.live import LiveRun
 
 log = logging.getLogger(__name__)
-PAINT_INTERVAL_S = 0.5  # each time the page draws several charts; more often, it has no time left for a click
+FRAME_S = 0.16  # between frames at least: more than six a second nobody needs, and the page must keep time for a click
+SHARE = 0.13  # of the time, at most, that the painter works: generating then takes 1 / (1 - SHARE) as long, and a little more
 IDLE_S = 5.0  # how often a silent run is asked for its state
 FINAL_STATES = ("done", "stopped", "failed")
 
@@ -43,6 +45,7 @@ class Session(tl.HasTraits):
         self.run: LiveRun | None = None
         self._painter: threading.Thread | None = None
         self._wake = threading.Event()
+        self._hurry = threading.Event()  # the run's state has changed: somebody waits to see that
         # One change at a time, its redrawing included: a choice made while the painter publishes must not be overwritten.
         # Widgets take the same lock when they redraw for a reason of their own.
         self.lock = threading.RLock()
@@ -104,12 +107,15 @@ class Session(tl.HasTraits):
                 self.show(run.trace)
             _SESSIONS[run] = weakref.ref(self)
             self._wake.set()
+            self._hurry.set()
             if self._painter is None:
                 self._painter = threading.Thread(target=self._paint, name="workbench-painter", daemon=True)
                 self._painter.start()
 
     def _on_event(self, event: Any) -> None:
         self._wake.set()
+        if event.kind == "state":
+            self._hurry.set()
 
     def _paint(self) -> None:
         """Publish snapshots until the run is over; one drawing at a time, the newest state always drawn last."""
@@ -118,6 +124,7 @@ class Session(tl.HasTraits):
             self._wake.clear()
             run = self.run
             assert run is not None  # attach sets it before this thread starts
+            began, worked = time.monotonic(), time.thread_time()
             state = run.state  # before the snapshot, so that a final state never comes with an unfinished trace
             if news or state != self.state:
                 self._publish(run, state)
@@ -125,7 +132,8 @@ class Session(tl.HasTraits):
                 if state in FINAL_STATES and run is self.run and not self._wake.is_set():
                     self._painter = None
                     return
-            time.sleep(PAINT_INTERVAL_S)
+            self._hurry.wait(resting_s(time.thread_time() - worked, time.monotonic() - began))
+            self._hurry.clear()
 
     def _publish(self, run: LiveRun, state: str) -> None:
         with self.lock:
@@ -137,6 +145,11 @@ class Session(tl.HasTraits):
                     self.state = state
             except Exception:  # a view that cannot draw this snapshot must not stop the painter
                 log.exception("a view could not show the latest snapshot")
+
+
+def resting_s(worked_s: float, took_s: float) -> float:
+    """How long the painter rests after a frame of ``worked_s`` seconds of its own work that took ``took_s`` in all."""
+    return max(0.0, max(FRAME_S, worked_s / SHARE) - took_s)
 
 
 def _first_layer(trace: Trace) -> int:
