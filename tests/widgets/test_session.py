@@ -10,6 +10,7 @@ from tests.synthetic import synthetic_trace
 from tests.widgets.fakes import FakeRun, eventually
 from workbench.errors import InputError
 from workbench.widgets import session as painting
+from workbench.widgets.attention import AttentionExplorer
 from workbench.widgets.memory import KVCacheGrowth
 from workbench.widgets.session import Session, resting_s, session_of
 from workbench.widgets.timeline import OverlapTimeline
@@ -150,25 +151,25 @@ class Drawing:
 
 
 def lengthening(run, view, enough):
-    """Tokens until ``enough``; how many there were and how long that took."""
+    """Tokens until ``enough``; how many there were, and in how many seconds of how many the view worked."""
     began, tokens = time.monotonic(), 0
     while not enough(view):
         tokens += 1
         run.becomes(trace=replace(TRACE), kind="token")
         time.sleep(2e-3)
         assert time.monotonic() < began + 60
-    took = time.monotonic() - began
+    took, spent = time.monotonic() - began, view.spent_s
     run.becomes(state="done")
     eventually(lambda: painter_is_gone(view.session), "the painter ends")
-    return tokens, took
+    return tokens, spent, took
 
 
 def test_drawing_keeps_to_its_share_of_the_time_and_leaves_snapshots_out(monkeypatch):
     monkeypatch.setattr(painting, "FRAME_S", 0.01)
     run = FakeRun(shorter(TRACE, 33))
     view = Drawing(run, worked_s=0.03)
-    tokens, took = lengthening(run, view, lambda v: v.frames >= 8)
-    assert view.spent_s <= painting.SHARE * took + 2 * view.worked_s  # the frames at either end
+    tokens, spent, took = lengthening(run, view, lambda v: v.frames >= 10)
+    assert spent <= painting.SHARE * took + 3 * view.worked_s  # the last frame, and the first, which nothing comes before
     assert view.frames < tokens / 4
 
 
@@ -176,7 +177,7 @@ def test_quick_frames_come_no_faster_than_somebody_can_look(monkeypatch):
     monkeypatch.setattr(painting, "FRAME_S", 0.1)
     run = FakeRun(shorter(TRACE, 33))
     view = Drawing(run, worked_s=0.0)
-    _, took = lengthening(run, view, lambda v: v.frames >= 6)
+    _, _, took = lengthening(run, view, lambda v: v.frames >= 6)
     assert view.frames <= took / 0.1 + 2
 
 
@@ -210,3 +211,33 @@ def test_a_session_and_its_trace_are_freed_when_nobody_looks():
 def test_something_that_is_neither_run_nor_trace_is_refused():
     with pytest.raises(InputError, match="LiveRun or a Trace, got str"):
         session_of("tiny-v4")
+
+
+def test_charts_of_a_run_at_work_are_drawn_less_often_than_pictures_and_none_is_left_behind():
+    traces = {n: synthetic_trace(n, prompt_length=31, prefill_chunk=13) for n in range(33, 48)}
+    run = FakeRun(traces[33])
+    explorer, memory, timeline = AttentionExplorer(run), KVCacheGrowth(run), OverlapTimeline(run)
+    parts = {
+        "map": explorer.map,
+        "text": explorer.text,
+        "strip": explorer.strip,
+        "KV": memory.view,
+        "timeline": timeline.on_show.view,
+    }
+    sent = dict.fromkeys(parts, 0)
+    for name, part in parts.items():
+        part.send_state = lambda key=None, name=name: sent.update({name: sent[name] + 1})
+    for length in range(34, 47):
+        run.becomes(trace=traces[length], kind="token")
+        eventually(lambda n=length: explorer.map.rows == n, "the map shows the token")
+    eventually(lambda: sent["map"] == sent["text"] == 13, "each token is drawn once")
+    assert all(sent[name] < 13 for name in ("strip", "KV", "timeline")), sent
+    # The run is silent now: charts that were left out are drawn all the same.
+    eventually(lambda: "query token 45 " in explorer.chart["layout"]["title"]["text"], "the strip shows the last token")
+    eventually(lambda: "46 tokens" in memory.figure.layout.annotations[0].text, "the KV chart shows the last step")
+    eventually(lambda: timeline.figure.layout.title.text.startswith(f"Step {traces[46].steps - 1}:"), "so does the timeline")
+    memory.step.value = 1  # what a person chooses is drawn at once
+    assert "26 tokens" in memory.figure.layout.annotations[0].text
+    run.becomes(trace=traces[47], state="done")
+    eventually(lambda: memory.session.state == "done", "the end is shown")
+    assert memory._drawn[0] is timeline.on_show._drawn[0] is traces[47]

@@ -111,13 +111,13 @@ class AttentionExplorer(ipw.VBox):
             ]
         )
         super().__init__([self.title, self.body])
-        self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state", "charts"])
         self._following = True
         self._redraw()
 
     def close(self) -> None:
         if self._following:
-            self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
+            self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state", "charts"])
             self._following = False
             self.text_panel.close()
         super().close()
@@ -269,7 +269,8 @@ class AttentionExplorer(ipw.VBox):
             self._draw(
                 "readout", (trace, record.layer, head, view, token, self._at), self._draw_readout, trace, record, head, token
             )
-            self._draw("strip", (trace, record.layer, head, token), self._draw_strip, trace, record, head, token)
+            if not self.session.charts_wait:
+                self._draw("strip", (trace, record.layer, head, token), self._draw_strip, trace, record, head, token)
             self._draw("facts", (trace, record.layer, head, token), self._draw_facts, trace, record, head, token)
             self._draw("text", (trace, record.layer, head, token), self.text_panel.draw, trace, record.layer, head, token)
             asked = f"layer={record.layer}, head={head!r}, token={token}, view={self.view.value!r}"

@@ -34,7 +34,7 @@ class KVCacheGrowth(ipw.VBox):
         self._drawn: tuple[Any, ...] = ()
         super().__init__([ipw.HBox([self.step, self.scale], layout=ipw.Layout(flex_flow="row wrap")), self.view, self.panel])
         self.scale.observe(self._redraw, names="value")
-        self.session.observe(self._redraw, names=["trace", "step"])
+        self.session.observe(self._redraw, names=["trace", "step", "charts"])
         self._redraw()
 
     @property
@@ -45,7 +45,7 @@ class KVCacheGrowth(ipw.VBox):
         with self.session.lock:
             trace, step = self.session.trace, self.session.step
             wanted = (trace, step, self.scale.value)
-            if wanted == self._drawn:  # a new trace with a new step reports both
+            if wanted == self._drawn or self.session.charts_wait:  # a new trace with a new step reports both
                 return
             self._drawn = wanted
             self.chart = kv_growth_chart(trace, step if trace.steps else None, log=self.scale.value)

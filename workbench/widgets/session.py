@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FRAME_S = 0.16  # between frames at least: more than six a second nobody needs, and the page must keep time for a click
+CHART_S = 0.5  # between charts of a run at work at least: a page takes far longer to draw one than a map or a text
 SHARE = 0.13  # of the time, at most, that the painter works: generating then takes 1 / (1 - SHARE) as long, and a little more
 IDLE_S = 5.0  # how often a silent run is asked for its state
 FINAL_STATES = ("done", "stopped", "failed")
@@ -38,6 +39,7 @@ class Session(tl.HasTraits):
     head = tl.Union([tl.Int(), tl.Unicode()], default_value="max")  # a head, "max" or "mean"
     step = tl.Int(0)  # chosen step
     state = tl.Unicode("recorded")  # a LiveRun's state, or "recorded"
+    charts = tl.Int(0)  # changes when charts that were left out are to be drawn
     follow = tl.Bool(True)  # while a run works, token and step follow its newest one until a person chooses another
 
     def __init__(self, source: LiveRun | Trace) -> None:
@@ -45,6 +47,8 @@ class Session(tl.HasTraits):
         self.run: LiveRun | None = None
         self._painter: threading.Thread | None = None
         self._wake = threading.Event()
+        self.charts_wait = False  # while a snapshot is published of which charts are left out; another one comes soon
+        self._charts_at, self._charts_owed = -CHART_S, False
         self._hurry = threading.Event()  # the run's state has changed: somebody waits to see that
         # One change at a time, its redrawing included: a choice made while the painter publishes must not be overwritten.
         # Widgets take the same lock when they redraw for a reason of their own.
@@ -120,7 +124,7 @@ class Session(tl.HasTraits):
     def _paint(self) -> None:
         """Publish snapshots until the run is over; one drawing at a time, the newest state always drawn last."""
         while True:
-            news = self._wake.wait(timeout=IDLE_S)
+            news = self._wake.wait(timeout=CHART_S if self._charts_owed else IDLE_S) or self._charts_owed
             self._wake.clear()
             run = self.run
             assert run is not None  # attach sets it before this thread starts
@@ -139,12 +143,19 @@ class Session(tl.HasTraits):
         with self.lock:
             if run is not self.run:  # another run was attached meanwhile; it has set the wake event
                 return
+            now = time.monotonic()
+            self.charts_wait = state == self.state == "running" and now < self._charts_at + CHART_S
+            if not self.charts_wait:
+                self._charts_at = now
             try:
                 with self.hold_trait_notifications():
                     self.show(run.trace)
                     self.state = state
+                    self.charts += self._charts_owed and not self.charts_wait
             except Exception:  # a view that cannot draw this snapshot must not stop the painter
                 log.exception("a view could not show the latest snapshot")
+            finally:
+                self._charts_owed, self.charts_wait = self.charts_wait, False
 
 
 def resting_s(worked_s: float, took_s: float) -> float:
