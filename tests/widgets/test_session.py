@@ -240,4 +240,4 @@ def test_charts_of_a_run_at_work_are_drawn_less_often_than_pictures_and_none_is_
     assert "26 tokens" in memory.figure.layout.annotations[0].text
     run.becomes(trace=traces[47], state="done")
     eventually(lambda: memory.session.state == "done", "the end is shown")
-    assert memory._drawn[0] is timeline.on_show._drawn[0] is traces[47]
+    eventually(lambda: memory._drawn[0] is timeline.on_show._drawn[0] is traces[47], "charts show it, too")
