@@ -241,3 +241,47 @@ def test_charts_of_a_run_at_work_are_drawn_less_often_than_pictures_and_none_is_
     run.becomes(trace=traces[47], state="done")
     eventually(lambda: memory.session.state == "done", "the end is shown")
     eventually(lambda: memory._drawn[0] is timeline.on_show._drawn[0] is traces[47], "charts show it, too")
+
+
+def test_a_page_that_answers_is_waited_for_and_one_that_falls_silent_not_for_ever(monkeypatch):
+    traces = {n: synthetic_trace(n, prompt_length=31, prefill_chunk=13) for n in range(33, 48)}
+    run = FakeRun(traces[33])
+    explorer = AttentionExplorer(run)
+
+    def page_draws():
+        explorer.text._handle_custom_msg({"type": "drawn", "sequence": explorer.text.sequence}, [])
+
+    run.becomes(trace=traces[34], kind="token")
+    eventually(lambda: explorer.map.rows == 34, "where no page ever answered, none is waited for")
+    eventually(lambda: "token 33 looks" in explorer.text.html, "the text is sent, too")
+    page_draws()
+    monkeypatch.setattr(painting, "PATIENCE_S", 60)
+    run.becomes(trace=traces[35], kind="token")
+    eventually(lambda: "token 34 looks" in explorer.text.html, "the next frame")
+    for length in (36, 37, 38):
+        run.becomes(trace=traces[length], kind="token")
+    time.sleep(3 * painting.FRAME_S)
+    assert explorer.map.rows == 35  # the page has not drawn the last one
+    monkeypatch.setattr(painting, "PATIENCE_S", 0.05)
+    page_draws()
+    eventually(lambda: explorer.map.rows == 38, "the newest follows, those between are left out")
+    run.becomes(trace=traces[40], kind="token")
+    eventually(lambda: explorer.map.rows == 40, "patience ends")
+    run.becomes(state="done")
+    eventually(lambda: painter_is_gone(explorer.session), "the painter ends")
+
+
+def test_charts_come_the_less_often_the_later_the_page_is(monkeypatch):
+    run = FakeRun(shorter(TRACE, 33))
+    session = session_of(run)
+    run.becomes(trace=shorter(TRACE, 34), kind="token")
+    eventually(lambda: session.trace.length == 34, "a frame")
+    seen = []
+    for late_s in (0.0, 7.0):
+        session._page_late_s, session._charts_after = late_s, 0.0
+        now = time.monotonic()
+        session._publish(run, "running")
+        seen.append(session._charts_after - now)
+    assert seen[0] == pytest.approx(painting.CHART_S, abs=0.2) and seen[1] >= painting.CHART_DELAYS * 7.0
+    run.becomes(state="done")
+    eventually(lambda: painter_is_gone(session), "the painter ends")

@@ -146,7 +146,10 @@ export default {
     const view = model.get("mode") === "picture" ? picture(model, root) : text(model, root);
     const draw = () => {
       const sequence = model.get("sequence");
-      view.draw(() => { root.dataset.sequence = Math.max(sequence, root.dataset.sequence ?? 0); });
+      view.draw(() => {
+        root.dataset.sequence = Math.max(sequence, root.dataset.sequence ?? 0);
+        if (model.get("reports")) model.send({ type: "drawn", sequence });
+      });
     };
     model.on("change:sequence", draw);
     draw();

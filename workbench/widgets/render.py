@@ -85,6 +85,7 @@ class Pointer(anywidget.AnyWidget):
     column_labels: tl.List[Any] = tl.List().tag(sync=True)
     upright = tl.Bool(False).tag(sync=True)  # column labels written downwards
     html = tl.Unicode().tag(sync=True)
+    reports = tl.Bool(False).tag(sync=True)  # whether the page says {"type": "drawn", "sequence"} after each drawing
     sequence = tl.Int(0).tag(sync=True)
 
     def show(self, **traits: Any) -> None:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FRAME_S = 0.16  # between frames at least: more than six a second nobody needs, and the page must keep time for a click
-CHART_S = 0.5  # between charts of a run at work at least: a page takes far longer to draw one than a map or a text
+# Between charts of a run at work: a page takes far longer to draw one than a map or a text, on a busy machine a second.
+CHART_S = 0.5  # at least, and
+CHART_DELAYS = 3  # times as long as the page was late since the last ones
+PATIENCE_S = 0.5  # how long a page that has answered is waited for; a kernel at work in a cell does not hear it
 SHARE = 0.13  # of the time, at most, that the painter works: generating then takes 1 / (1 - SHARE) as long, and a little more
 IDLE_S = 5.0  # how often a silent run is asked for its state
 FINAL_STATES = ("done", "stopped", "failed")
@@ -48,7 +51,10 @@ class Session(tl.HasTraits):
         self._painter: threading.Thread | None = None
         self._wake = threading.Event()
         self.charts_wait = False  # while a snapshot is published of which charts are left out; another one comes soon
-        self._charts_at, self._charts_owed = -CHART_S, False
+        self._charts_after, self._charts_owed = 0.0, False
+        self._page_answers, self._page_late_s = False, 0.0  # whether any page ever did, and how late it was since the charts
+        self._page_owes: dict[Any, tuple[int, float]] = {}  # view -> what was sent last and not drawn yet, and when
+        self._page_is_ready = threading.Event()
         self._hurry = threading.Event()  # the run's state has changed: somebody waits to see that
         # One change at a time, its redrawing included: a choice made while the painter publishes must not be overwritten.
         # Widgets take the same lock when they redraw for a reason of their own.
@@ -116,6 +122,26 @@ class Session(tl.HasTraits):
                 self._painter = threading.Thread(target=self._paint, name="workbench-painter", daemon=True)
                 self._painter.start()
 
+    def page_gets(self, view: Any, sequence: int) -> None:
+        """``view`` has sent its drawing number ``sequence``; it will say when the page has drawn it."""
+        self._page_is_ready.clear()
+        self._page_owes[view] = sequence, time.monotonic()
+
+    def page_drew(self, view: Any, sequence: int) -> None:
+        self._page_answers = True
+        owed, since = self._page_owes.get(view, (0, time.monotonic()))
+        if sequence >= owed:
+            self._page_owes.pop(view, None)
+            self._page_late_s = max(self._page_late_s, time.monotonic() - since)
+        if not self._page_owes:
+            self._page_is_ready.set()
+
+    def _await_page(self) -> None:
+        """Until the page has drawn the last frame: else frames would pile up in it, and clicks behind them."""
+        if self._page_answers and self._page_owes and not self._page_is_ready.wait(PATIENCE_S):
+            self._page_owes.clear()
+            self._page_late_s = max(self._page_late_s, PATIENCE_S)
+
     def _on_event(self, event: Any) -> None:
         self._wake.set()
         if event.kind == "state":
@@ -126,6 +152,7 @@ class Session(tl.HasTraits):
         while True:
             news = self._wake.wait(timeout=CHART_S if self._charts_owed else IDLE_S) or self._charts_owed
             self._wake.clear()
+            self._await_page()
             run = self.run
             assert run is not None  # attach sets it before this thread starts
             began, worked = time.monotonic(), time.thread_time()
@@ -144,9 +171,10 @@ class Session(tl.HasTraits):
             if run is not self.run:  # another run was attached meanwhile; it has set the wake event
                 return
             now = time.monotonic()
-            self.charts_wait = state == self.state == "running" and now < self._charts_at + CHART_S
+            self.charts_wait = state == self.state == "running" and now < self._charts_after
             if not self.charts_wait:
-                self._charts_at = now
+                self._charts_after = now + max(CHART_S, CHART_DELAYS * self._page_late_s)
+                self._page_late_s = 0.0
             try:
                 with self.hold_trait_notifications():
                     self.show(run.trace)

@@ -58,7 +58,8 @@ class TextPanel(ipw.VBox):
         self._searched: tuple[Any, ...] = ()
         self._drawn: tuple[Trace, int, Head, int] | None = None
         self.find = FindBar()
-        self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
+        told = "Text coloured by where the query looks; arrow keys move it"
+        self.text = Pointer(mode="text", height=TEXT_PIXELS, label=told, reports=True)
         self.step = StepSlider(session)
         super().__init__([ipw.HBox([self.find, self.step], layout=ipw.Layout(flex_flow="row wrap")), self.text])
         self.find.observe(self._on_needle, names=["needle", "match_case"])
@@ -76,6 +77,7 @@ class TextPanel(ipw.VBox):
         self._drawn = trace, layer, head, token
         self._search(trace)
         self.text.show(html=text_view(trace, layer, head, token, self.matches, self.at, show_match=self._show_match))
+        self.session.page_gets(self, self.text.sequence)
 
     def _search(self, trace: Trace) -> None:
         """Find what is asked for, unless it was; in a text that has grown, the match gone to stays the same."""
@@ -122,7 +124,10 @@ class TextPanel(ipw.VBox):
             self.session.choose_token(self.matches[self.at][1])  # the last token: it sees the whole match
 
     def _on_text(self, _: Any, message: Any, buffers: Any) -> None:
-        """A token was clicked, or the query is to move by one."""
+        """A token was clicked, the query is to move by one, or the page has drawn what it got."""
+        if message.get("type") == "drawn":
+            self.session.page_drew(self, message.get("sequence", 0))
+            return
         moved = message.get("type") == "move"
         chosen = self._neighbour(message.get("by", 0)) if moved else int(message.get("token", -1))
         if 0 <= chosen < self.session.trace.length:
