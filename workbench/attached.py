@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from workbench.config import read_config
+from workbench.decoded import NOTE, SpelledCharacters
 from workbench.errors import InputError, WorkbenchError
 from workbench.model.attention.hybrid import Attention
 from workbench.model.indexer import IndexQueries, Selection, score_chunk
@@ -152,13 +153,16 @@ class Attachment:
         width = len(guesses[0][0]) if guesses else GUESSES
         config = self.model.config
         device = device_name(str(self.model.device))
+        texts = tuple(self._text(i) for i in ids.tolist())
+        spelled = SpelledCharacters(self.tokenizer.decode if self.tokenizer is not None else str)
+        spelled.update(ids.tolist(), texts)
         return Trace(
             model=str(getattr(config, "_name_or_path", "") or type(self.model).__name__).rstrip("/").split("/")[-1],
             what=WHAT,
             device=device,
             config=_plain_config(config),
             token_ids=ids.copy(),
-            token_texts=tuple(self._text(i) for i in ids.tolist()),
+            token_texts=texts,
             prompt_length=self.prompt_length,
             layers=tuple(layer.record.snapshot(self.length) for layer in self.layers),
             timeline=Timeline("measured", (), device),
@@ -166,7 +170,7 @@ class Attachment:
             top_ids=np.array([g[0] for g in guesses], np.int32).reshape(-1, width),
             top_probs=np.array([g[1] for g in guesses], np.float32).reshape(-1, width),
             next_ids=np.array(following, np.int32),
-            notes={"attached": type(self.model).__name__},
+            notes={"attached": type(self.model).__name__} | ({NOTE: spelled.found} if spelled.found else {}),
         )
 
     def _text(self, token: int) -> str:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from workbench.decoded import NOTE, SpelledCharacters
 from workbench.errors import InputError, WorkbenchError
 from workbench.memory.prefetch import POLICIES
 from workbench.model.language_model import LanguageModel
@@ -107,6 +108,8 @@ class LiveRun:
         prompt = read_prompt(prompt) if isinstance(prompt, Path) else prompt
         self._ids = encode(model, prompt.text if isinstance(prompt, Transcript) else prompt)
         self._texts = list(token_texts(model, self._ids))
+        self._spelled = SpelledCharacters(model.tokenizer.decode if model.tokenizer else str)
+        self._spelled.update(self._ids, self._texts)
         self._prompt_length = len(self._ids)
         self._room = model.config.max_position_embeddings - self._prompt_length
         self._max_new = min(max_new_tokens, self._room)
@@ -169,6 +172,7 @@ class LiveRun:
             len(texts),
         ):
             return known
+        spelled = [found for found in list(self._spelled.found) if found[1] < length]
         fields = {"timeline": Timeline("measured", (), self._device)} | recorded
         self._snapshot = Trace(
             model=self.model.name,
@@ -181,7 +185,7 @@ class LiveRun:
             top_ids=np.array([g[0] for g in guesses], np.int32).reshape(-1, self._guess_count),
             top_probs=np.array([g[1] for g in guesses], np.float32).reshape(-1, self._guess_count),
             next_ids=np.array([g[2] for g in guesses], np.int32),
-            notes=dict(self._notes),
+            notes=self._notes | ({NOTE: spelled} if spelled else {}),
             **fields,
         )
         return self._snapshot
@@ -290,6 +294,7 @@ class LiveRun:
                 if chosen >= 0:
                     self._ids.append(chosen)
                     self._texts += token_texts(self.model, [chosen])
+                    self._spelled.update(self._ids, self._texts)
                     line = torch.tensor([[chosen]], device=self.model.device)
                 self._emit(RunEvent("token" if chosen >= 0 else "prefill", self._state, self._texts[-1] if chosen >= 0 else ""))
         return "done"

@@ -78,13 +78,13 @@ class Together:
         self.wait_until("lines.includes(argument)", f"the run is {state}", f"Run {state}, ")
 
     def step_shown(self, step: int) -> None:
-        """Both step sliders, the cache's mark and the timeline's title show ``step``."""
+        """All step sliders, the cache's mark and the timeline's title show ``step``."""
         self.wait_until("lines.includes(`step ${argument}: `)", f"the cache chart marks step {step}", step)
         self.wait_until("lines.includes(`Step ${argument}: `)", f"the timeline shows step {step}", step)
         sliders = "[...cell.querySelectorAll('.widget-slider')].filter((e) => e.innerText.startsWith('Step'))"
         self.wait_until(
-            f"{sliders}.length == 2 && {sliders}.every((e) => e.querySelector('.widget-readout').innerText == argument)",
-            f"both step sliders stand at {step}",
+            f"{sliders}.length == 3 && {sliders}.every((e) => e.querySelector('.widget-readout').innerText == argument)",
+            f"all step sliders stand at {step}",
             str(step),
         )
 

@@ -105,6 +105,34 @@ def test_long_tokens_do_not_break_the_byte_budget():
     assert len(page.encode()) <= VIEW_BYTES and 1000 in Tokens(page).found
 
 
+def test_matches_are_marked_and_the_one_gone_to_is_shown_though_far_away():
+    trace = synthetic_trace(4409, seed=8, kinds=("csa",), heads=1, window=3, needle=1001)
+    matches = [(2, 3), (3000, 3000), (4400, 4402)]
+    page = text_view(trace, 0, "max", 3000, matches, 2, show_match=True)
+    shown = Tokens(page).found
+    marked = {t: token["class"].split() for t, token in shown.items() if "m" in token.get("class", "").split()}
+    assert set(marked) == {3000, 4400, 4401, 4402} and "q" in marked[3000]  # the first is far from all that is shown
+    assert [t for t, classes in marked.items() if "at" in classes] == [4400, 4401, 4402]
+    assert [t for t, token in shown.items() if "data-show" in token] == [4400]
+    assert "data-show" not in text_view(trace, 0, "max", 3000, matches, 2) and 2 not in shown
+    plain = Tokens(text_view(trace, 0, "max", 3000)).found
+    assert not {4400, 4402} & set(plain) and "m" not in plain[3000]["class"].split()
+
+
+def test_a_match_as_long_as_the_text_does_not_break_the_budget():
+    trace = replace(synthetic_trace(4409, seed=8, kinds=("csa",), heads=1), token_texts=("<&>\"'" * 8,) * 4410)
+    assert len(text_view(trace, 0, "max", 4400, [(0, 4408)], 0).encode()) <= VIEW_BYTES
+
+
+def test_tokens_that_spell_a_character_together_are_shown_as_one():
+    texts = ("\ufffd",) * 4 + TRACE.token_texts[4:]
+    notes = {"characters": [[0, 2, "🔑"]]}
+    page = text_view(replace(TRACE, token_texts=texts, notes=notes), 1, "max", 1)
+    shown = Tokens(page).found
+    assert list(shown) == list(range(2, 97)) and shown[2]["text"] == "🔑" and shown[3]["text"] == "\ufffd"
+    assert "q" in shown[2]["class"].split() and "tokens 0–2" in shown[2]["title"]
+
+
 def test_a_token_the_trace_does_not_have_is_refused():
     with pytest.raises(InputError, match=r"0\.\.96, got 97"):
         text_view(TRACE, 1, "max", 97)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache, lru_cache
 from html import escape
 from typing import Any
 
@@ -31,52 +33,74 @@ def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go
     apart; dense caches soon leave it. ``log`` shows them whole and draws parts as lines, because areas stacked on a logarithmic
     axis mislead. ``step`` is marked with a vertical line. InputError for a step the trace does not have.
     """
+    return go.Figure(kv_growth_chart(trace, step, log=log))
+
+
+def kv_growth_chart(trace: Trace, step: int | None = None, *, log: bool = False) -> dict[str, Any]:
+    """``kv_growth`` as plain values, {"data", "layout"}: a live run draws it several times a second, and checking every
+    attribute of a figure takes many times as long as working out what it shows."""
     steps = sorted({round(i * (trace.steps - 1) / MEASURED_POINTS) for i in range(MEASURED_POINTS + 1)} if trace.steps else [])
     tokens = [trace.step_end(s) for s in steps]
-    fig = go.Figure()
-    for part in _parts(trace):
+    layout = deepcopy(_frame())
+    data: list[dict[str, Any]] = []
+    parts = _parts(trace)
+    for part in parts:
         held = trace.cache_bytes[part][steps].tolist()
-        fig.add_scatter(
-            x=tokens,
-            y=[n or None for n in held] if log else held,  # no logarithm of nothing
-            name=part,
-            mode="lines+markers" if len(tokens) < 3 else "lines",  # a single step is a point, not an area
-            line={"color": PART_COLOURS.get(part), "width": 2 if log else 0.5},
-            stackgroup=None if log else "held",
-            fillcolor=None if log else PART_COLOURS.get(part),
-            fillpattern=None if log else {"shape": PART_PATTERNS.get(part, ""), "fgcolor": "#ffffff", "solidity": 0.2},
-            hovertemplate="%{y:,} B",
-        )
-    if trace.cache_reserved.any():
-        room = [_held(trace, s) + int(trace.cache_reserved[s]) for s in steps]
-        _add_line(fig, tokens, room, "held + room reserved", GREY, "dash")
+        line = {
+            "type": "scatter",
+            "x": tokens,
+            "y": [n or None for n in held] if log else held,  # no logarithm of nothing
+            "name": part,
+            "mode": "lines+markers" if len(tokens) < 3 else "lines",  # a single step is a point, not an area
+            "line": {"color": PART_COLOURS.get(part), "width": 2 if log else 0.5},
+            "hovertemplate": "%{y:,} B",
+        }
+        if not log:
+            pattern = {"shape": PART_PATTERNS.get(part, ""), "fgcolor": "#ffffff", "solidity": 0.2}
+            line |= {"stackgroup": "held", "fillcolor": PART_COLOURS.get(part), "fillpattern": pattern}
+        data.append(line)
+    total = sum((trace.cache_bytes[part][steps] for part in parts), np.zeros(len(steps), np.int64))
+    reserved = trace.cache_reserved[steps] if len(trace.cache_reserved) else np.zeros(len(steps), np.int64)
+    if reserved.any():
+        data.append(_line(tokens, (total + reserved).tolist(), "held + room reserved", GREY, "dash"))
     config = _config(trace)
     if config is not None and tokens:
-        _add_modelled(fig, config, trace.storage, tokens)
+        data += _modelled(config, trace.storage, tokens)
     if step is not None:
         end = trace.step_end(_checked(trace, step))
-        where = {"x": end, "line": {"color": GREY, "width": 1.5}}
-        fig.add_vline(
-            **where, annotation={"text": f"step {step}: {end:,} tokens", "font": {"color": GREY}, "yanchor": "bottom"}
-        )
+        layout["shapes"] = [_VLINE | {"x0": end, "x1": end}]
+        layout["annotations"] = [_VLINE_LABEL | {"x": end, "text": f"step {step}: {end:,} tokens"}]
     title = f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}"
     if baselines := _baselines(config):
         shapes = " and ".join(dict.fromkeys(name.split(" =")[0] for name in baselines))
         title += f"<br>{shapes}: as many layers, query heads and dimensions a head"
         title += "" if log else "; cut where this axis ends"
-    styled(fig, title, height=540)
-    fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
-    fig.update_yaxes(title="bytes (B)", type="log" if log else "linear", exponentformat="SI")
+    layout["title"]["text"] = title
+    layout["yaxis"]["type"] = "log" if log else "linear"
     if not log and steps:  # the dense caches would press the parts flat: here they leave at the top
-        reserved = trace.cache_reserved if len(trace.cache_reserved) else np.zeros(trace.steps)
-        fig.update_yaxes(range=[0, HEADROOM * max(_held(trace, s) + int(reserved[s]) for s in steps)])
+        layout["yaxis"]["range"] = [0, HEADROOM * float((total + reserved).max())]
+    return {"data": data, "layout": layout}
+
+
+_VLINE = {"type": "line", "xref": "x", "yref": "y domain", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 1.5}}
+_VLINE_LABEL = {"xref": "x", "yref": "y domain", "y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
+_VLINE_LABEL |= {"font": {"color": GREY}}
+
+
+@cache
+def _frame() -> dict[str, Any]:
+    """The layout of the chart, without what differs from one to the next."""
+    fig = styled(go.Figure(), "title", height=540)
+    fig.update_xaxes(title="tokens in the cache", rangemode="tozero")
+    fig.update_yaxes(title="bytes (B)", exponentformat="SI")
     below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
-    return fig.update_layout(
+    fig.update_layout(
         hovermode="x unified",
         legend=below,
         margin={"t": 100, "b": 150},
         hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}},
     )
+    return fig.to_plotly_json()["layout"]
 
 
 def kv_panel_html(trace: Trace, step: int) -> str:
@@ -128,13 +152,23 @@ def _row(part: str, sums: str, expected: int | None, live: int) -> str:
     return f"<tr><th scope='row'>{escape(part)}</th>{counts}<td class='sum'>{sums}</td></tr>"
 
 
-def _add_modelled(fig: go.Figure, config: Any, storage: str, tokens: list[int]) -> None:
+def _modelled(config: Any, storage: str, tokens: list[int]) -> list[dict[str, Any]]:
     marks = sorted({1, *tokens, *(max(1, round(i * tokens[-1] / MODELLED_POINTS)) for i in range(MODELLED_POINTS + 1))})
-    totals = [cost.kv_bytes(config, n, storage)["total"] for n in marks]
-    _add_line(fig, marks, totals, "this model, modelled (formula)", GREY, "dot")
+    lines = [_line(marks, [_total(config, n, storage) for n in marks], "this model, modelled (formula)", GREY, "dot")]
     for (name, kv_heads), dash in zip(_baselines(config).items(), ("longdash", "solid"), strict=False):
-        dense = [cost.dense_kv_bytes(config, n, kv_heads, storage) for n in marks]
-        _add_line(fig, marks, dense, f"{name}, modelled (formula)", VERMILLION, dash)
+        dense = [_dense_total(config, n, kv_heads, storage) for n in marks]
+        lines.append(_line(marks, dense, f"{name}, modelled (formula)", VERMILLION, dash))
+    return lines
+
+
+@lru_cache(maxsize=2**15)
+def _total(config: Any, length: int, storage: str) -> int:
+    return cost.kv_bytes(config, length, storage)["total"]
+
+
+@lru_cache(maxsize=2**15)
+def _dense_total(config: Any, length: int, kv_heads: int, storage: str) -> int:
+    return cost.dense_kv_bytes(config, length, kv_heads, storage)
 
 
 def _baselines(config: Any) -> dict[str, int]:
@@ -149,9 +183,9 @@ def _baselines(config: Any) -> dict[str, int]:
     return {name: kv_heads for name, kv_heads in bases.items() if kv_heads > own}
 
 
-def _add_line(fig: go.Figure, x: list[int], y: list[int], name: str, colour: str, dash: str) -> None:
+def _line(x: list[int], y: list[int], name: str, colour: str, dash: str) -> dict[str, Any]:
     line = {"color": colour, "dash": dash, "width": 1.5}
-    fig.add_scatter(x=x, y=y, name=name, mode="lines", line=line, hovertemplate="%{y:,} B")
+    return {"type": "scatter", "x": x, "y": y, "name": name, "mode": "lines", "line": line, "hovertemplate": "%{y:,} B"}
 
 
 def _parts(trace: Trace) -> list[str]:

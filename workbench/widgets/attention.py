@@ -29,7 +29,6 @@ from workbench.figures.attention import (
 from workbench.figures.labels import axis_labels, column_title
 from workbench.figures.query import describe, painted_column, query_facts, source_probs, strip_chart
 from workbench.figures.readout import facts_line, readout
-from workbench.figures.text import text_view
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.navigation import (
     TILE_PIXELS,
@@ -45,6 +44,7 @@ from workbench.widgets.navigation import (
 )
 from workbench.widgets.render import MapPointer, Pointer, as_output
 from workbench.widgets.session import FINAL_STATES, Session, session_of
+from workbench.widgets.text import TextPanel
 from workbench.widgets.thumbnails import thumbnail_buttons
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ VIEWS = {
     "on one token axis": "composite",
 }
 LABEL_PIXELS = 130  # beside a map, for the labels of its rows
-TEXT_PIXELS = 300
 MOST_THUMBNAILS = 24  # of heads, and of layers; the menus list all
 MAP_HINT = (
     "Wheel with Ctrl, or after a click, zooms; a drag moves; Shift and a drag zoom to a part. "
@@ -103,10 +102,10 @@ class AttentionExplorer(ipw.VBox):
             label="Attention map", hint=MAP_HINT, layout=ipw.Layout(flex="0 0 auto", width=f"{TILE_PIXELS + LABEL_PIXELS}px")
         )
         self.strip = ipw.Output(layout=ipw.Layout(flex="1 1 420px", min_width="380px", margin="0 0 0 16px"))
-        self.text = Pointer(mode="text", height=TEXT_PIXELS, label="Text coloured by where the query looks; arrow keys move it")
+        self.text_panel = TextPanel(self.session)
+        self.text = self.text_panel.text
         self.thumbnails.on_msg(self._on_thumbnail)
         self.map.on_msg(self._on_map)
-        self.text.on_msg(self._on_text)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         controls = (self.layer, self.head, self.view), (self.token, *self.range_fields), (*self.zoom_buttons, self.back)
         self.body = ipw.VBox(
@@ -116,19 +115,20 @@ class AttentionExplorer(ipw.VBox):
                 self.readout,
                 ipw.HBox([self.map, self.strip], layout=ipw.Layout(flex_flow="row wrap")),
                 self.facts,
-                self.text,
+                self.text_panel,
                 self.line,
             ]
         )
         super().__init__([self.title, self.body])
-        self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state"])
+        self.session.observe(self._redraw, names=["trace", "token", "layer", "head", "state", "charts"])
         self._following = True
         self._redraw()
 
     def close(self) -> None:
         if self._following:
-            self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state"])
+            self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state", "charts"])
             self._following = False
+            self.text_panel.close()
         super().close()
 
     @property
@@ -231,11 +231,6 @@ class AttentionExplorer(ipw.VBox):
         with self.session.lock:
             setattr(self.session, kind, int(value) if value.isdecimal() else value)
 
-    def _on_text(self, _: Any, message: Any, buffers: Any) -> None:
-        chosen = self.session.token + message.get("by", 0) if message.get("type") == "move" else int(message.get("token", -1))
-        if 0 <= chosen < self.session.trace.length:
-            self.session.choose_token(chosen)
-
     def _on_map(self, _: Any, message: Any, buffers: Any) -> None:
         with self.session.lock, self.map.hold_sync():
             if self.tile is None:
@@ -331,9 +326,10 @@ class AttentionExplorer(ipw.VBox):
             self._draw(
                 "readout", (trace, record.layer, head, view, token, self._at), self._draw_readout, trace, record, head, token
             )
-            self._draw("strip", (trace, record.layer, head, token), self._draw_strip, trace, record, head, token)
+            if not self.session.charts_wait:
+                self._draw("strip", (trace, record.layer, head, token), self._draw_strip, trace, record, head, token)
             self._draw("facts", (trace, record.layer, head, token), self._draw_facts, trace, record, head, token)
-            self._draw("text", (trace, record.layer, head, token), self._draw_text, trace, record, head, token)
+            self._draw("text", (trace, record.layer, head, token), self.text_panel.draw, trace, record.layer, head, token)
             asked = f"layer={record.layer}, head={head!r}, token={token}, view={self.view.value!r}"
             zoom = "" if ranges == self.navigation.whole else f", rows={ranges[0]}, columns={ranges[1]}"
             self.line.value = f"explorer.look({asked}{zoom})"
@@ -478,9 +474,6 @@ class AttentionExplorer(ipw.VBox):
 
     def _draw_facts(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         self.facts.value = facts_line(query_facts(trace, record.layer, token, head), head)
-
-    def _draw_text(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
-        self.text.show(html=text_view(trace, record.layer, head, token))
 
 
 def _colour_bar(record: LayerTrace) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
+import plotly.graph_objects as go
 
-from workbench.figures.memory import kv_growth, kv_panel_html
+from workbench.figures.memory import kv_growth_chart, kv_panel_html
 from workbench.trace import Trace
 from workbench.widgets.render import as_output
 from workbench.widgets.session import Session, session_of
@@ -33,17 +34,21 @@ class KVCacheGrowth(ipw.VBox):
         self._drawn: tuple[Any, ...] = ()
         super().__init__([ipw.HBox([self.step, self.scale], layout=ipw.Layout(flex_flow="row wrap")), self.view, self.panel])
         self.scale.observe(self._redraw, names="value")
-        self.session.observe(self._redraw, names=["trace", "step"])
+        self.session.observe(self._redraw, names=["trace", "step", "charts"])
         self._redraw()
+
+    @property
+    def figure(self) -> go.Figure:
+        return go.Figure(self.chart)
 
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
             trace, step = self.session.trace, self.session.step
             wanted = (trace, step, self.scale.value)
-            if wanted == self._drawn:  # a new trace with a new step reports both
+            if wanted == self._drawn or self.session.charts_wait:  # a new trace with a new step reports both
                 return
             self._drawn = wanted
-            self.figure = kv_growth(trace, step if trace.steps else None, log=self.scale.value)
-            self.view.outputs = (as_output(self.figure),)
+            self.chart = kv_growth_chart(trace, step if trace.steps else None, log=self.scale.value)
+            self.view.outputs = (as_output(self.chart),)
             told = kv_panel_html(trace, step) if trace.steps and trace.cache_bytes else ""
             self.panel.value = told or f"<p>{'No step' if not trace.steps else 'No cache'} was recorded.</p>"

@@ -18,10 +18,10 @@ if (!window.wbKeepKeys) window.addEventListener("keydown", (window.wbKeepKeys = 
 
 function text(model, root) {
   function showChosen() {
-    const query = root.querySelector("[data-token].q");
-    if (!query) return;
-    const top = query.offsetTop - root.offsetTop;
-    if (top < root.scrollTop || top > root.scrollTop + root.clientHeight - 24) root.scrollTop = top - root.clientHeight / 2;
+    const chosen = root.querySelector("[data-show]") ?? root.querySelector("[data-token].q");
+    if (!chosen) return;
+    const top = chosen.offsetTop - root.offsetTop, above = root.querySelector("p")?.offsetHeight ?? 0; // it stays on top
+    if (top < root.scrollTop + above || top > root.scrollTop + root.clientHeight - 24) root.scrollTop = top - root.clientHeight / 2;
   }
   // What is drawn before it is in the page has no height and cannot be scrolled yet.
   const appeared = new ResizeObserver(() => {
@@ -65,7 +65,10 @@ export default {
     const view = text(model, root);
     const draw = () => {
       const sequence = model.get("sequence");
-      view.draw(() => { root.dataset.sequence = Math.max(sequence, root.dataset.sequence ?? 0); });
+      view.draw(() => {
+        root.dataset.sequence = Math.max(sequence, root.dataset.sequence ?? 0);
+        if (model.get("reports")) model.send({ type: "drawn", sequence });
+      });
     };
     model.on("change:sequence", draw);
     draw();

@@ -52,7 +52,7 @@ class Pointer(anywidget.AnyWidget):
     _esm = (Path(__file__).parent / "pointer.js").read_text(encoding="utf-8")
     _css = (
         """
-.wb-pointer.wb-text {overflow-y: auto; padding: 2px}
+.wb-pointer.wb-text {overflow-y: auto; padding: 0 2px}
 .wb-pointer.wb-text:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
 """
         + CHART_CSS
@@ -61,6 +61,7 @@ class Pointer(anywidget.AnyWidget):
     label = tl.Unicode().tag(sync=True)  # read out by screen readers
     height = tl.Int(0).tag(sync=True)  # CSS pixels of a picture; of a text, the most it takes before it scrolls (0: no limit)
     html = tl.Unicode().tag(sync=True)
+    reports = tl.Bool(False).tag(sync=True)  # whether the page says {"type": "drawn", "sequence"} after each drawing
     sequence = tl.Int(0).tag(sync=True)
 
     def show(self, **traits: Any) -> None:

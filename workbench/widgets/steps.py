@@ -18,7 +18,7 @@ class StepSlider(ipw.IntSlider):
             description="Step",
             max=0,
             continuous_update=False,  # each stop redraws a chart
-            tooltip="Step: one call of the model, a chunk of the prompt or one decoded token",
+            tooltip="Step: one call of the model, a chunk of the prompt or one decoded token; the last one follows a live run",
             layout=ipw.Layout(width="min(100%, 420px)"),
         )
         self._session = session
@@ -26,6 +26,11 @@ class StepSlider(ipw.IntSlider):
         self.observe(self._chosen, names="value")
         session.observe(self._follow, names=["trace", "step"])
         self._follow()
+
+    def close(self) -> None:
+        if self.comm is not None:
+            self._session.unobserve(self._follow, names=["trace", "step"])
+        super().close()
 
     def _chosen(self, change: Any) -> None:
         if self._moving != threading.get_ident():

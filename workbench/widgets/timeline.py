@@ -46,7 +46,7 @@ class TimelineView(ipw.VBox):
         self.figure: Any = None
         self._drawn: tuple[Any, ...] = ()
         super().__init__([self.step, self.view, self.numbers])
-        session.observe(self._redraw, names=["trace", "step"])
+        session.observe(self._redraw, names=["trace", "step", "charts"])
         self._redraw()
 
     @property
@@ -57,7 +57,7 @@ class TimelineView(ipw.VBox):
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
             trace, step = self.session.trace, self.session.step
-            if (trace, step) == self._drawn:
+            if (trace, step) == self._drawn or self.session.charts_wait:
                 return
             self._drawn = (trace, step)
             self.figure = overlap_timeline(trace.timeline, step)
