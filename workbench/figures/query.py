@@ -257,7 +257,7 @@ def _score_bars(record: LayerTrace, chooser: LayerTrace, token: int, layout: dic
         x, y, width, first = _bars(record, np.flatnonzero(mask), scores[mask])
         hover = name_of_one + " %{customdata[0]:.0f}<br>index score %{customdata[1]:.4g}<extra>" + name + "</extra>"
         told = np.stack([first.astype(np.float32), y], axis=1)
-        bar = _bar(x, y - floor, width, name, colour, hover, told, 0.55 if symbol else 0.8)
+        bar = _bar(x, y - floor, width, name, colour, hover, told)
         data.append(bar | {"base": floor, "showlegend": symbol is None, "xaxis": "x", "yaxis": "y"})
         if symbol:
             mark = {
@@ -309,10 +309,8 @@ def _prob_bars(record: LayerTrace, token: int, head: Head, layout: dict[str, Any
     return [bar | {"xaxis": f"x{axis}", "yaxis": f"y{axis}"} for bar in data]
 
 
-def _bar(
-    x: Any, y: Any, width: Any, name: str, colour: str, hover: str, customdata: Any = None, opacity: float = 1.0
-) -> dict[str, Any]:
-    bar = {"type": "bar", "x": x, "y": y, "width": width, "name": name, "hovertemplate": hover, "opacity": opacity}
+def _bar(x: Any, y: Any, width: Any, name: str, colour: str, hover: str, customdata: Any = None) -> dict[str, Any]:
+    bar = {"type": "bar", "x": x, "y": y, "width": width, "name": name, "hovertemplate": hover}
     bar["marker"] = {"color": colour, "line": {"width": 0}}
     return bar if customdata is None else bar | {"customdata": customdata}
 
