@@ -264,7 +264,10 @@ def _spread(
     low, high = np.minimum(low // recorded_pooling, most), np.minimum(-(-high // recorded_pooling), most)
     bounds = np.stack([low, np.maximum(high, 0)], axis=1).reshape(-1)
     padded = np.pad(band, ((0, 0), (0, 1)))  # so that the end of the last column is a valid index
-    spread = np.maximum.reduceat(padded, bounds, axis=1)[:, ::2]
+    if pool == 1:  # each cell lies in one recorded column
+        spread = padded[:, bounds[::2]]
+    else:
+        spread = np.maximum.reduceat(padded, bounds, axis=1)[:, ::2]
     return np.where(empty, 0.0, spread)
 
 
