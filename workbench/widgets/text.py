@@ -35,7 +35,8 @@ class FindBar(anywidget.AnyWidget):
   background: var(--jp-layout-color1, Canvas); border: 1px solid var(--jp-border-color1, grey)}
 .wb-find input:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
 .wb-find label {display: inline-flex; gap: 4px; align-items: center}
-.wb-find output {min-width: 8em; font-variant-numeric: tabular-nums}
+.wb-find .jupyter-button {width: auto}
+.wb-find output {min-width: 6em; font-variant-numeric: tabular-nums}
 """
     needle = tl.Unicode().tag(sync=True)
     match_case = tl.Bool(False).tag(sync=True)
