@@ -265,10 +265,8 @@ def _spread(
     bounds = np.stack([low, np.maximum(high, 0)], axis=1).reshape(-1)
     padded = np.pad(band, ((0, 0), (0, 1)))  # so that the end of the last column is a valid index
     if pool == 1:  # each cell lies in one recorded column
-        spread = padded[:, bounds[::2]]
-    else:
-        spread = np.maximum.reduceat(padded, bounds, axis=1)[:, ::2]
-    return np.where(empty, 0.0, spread)
+        return np.where(empty, 0.0, np.take(padded, bounds[::2], axis=1))
+    return np.where(empty, 0.0, np.maximum.reduceat(padded, bounds, axis=1)[:, ::2])
 
 
 def visible_cells(record: LayerTrace, rows: Range, columns: Range, pooling: tuple[int, int], composite: bool) -> np.ndarray:
