@@ -22,6 +22,7 @@ from workbench.figures.query import painted_column, top_sources
 from workbench.trace import Trace
 from workbench.widgets import attention
 from workbench.widgets.attention import AttentionExplorer
+from workbench.widgets.navigation import TILE_PIXELS
 from workbench.widgets.render import CHART_MIME
 
 TRACE = synthetic_trace(97, seed=11, needle=21)
@@ -270,7 +271,7 @@ def test_the_title_says_model_origin_layer_and_pooling():
 
 def test_every_control_has_a_description_and_every_map_a_label(explorer):
     controls = [w for w in walk(explorer) if isinstance(w, (ipw.Dropdown, ipw.BoundedIntText, ipw.Button))]
-    assert len(controls) == 8 and all(control.description for control in controls)
+    assert len(controls) == 9 and all(control.description for control in controls)
     assert all(part.label for part in (explorer.map, explorer.text, explorer.thumbnails))
 
 
@@ -353,6 +354,26 @@ def test_a_line_of_python_brings_a_view_back():
     with pytest.raises(InputError, match="rows and columns"):
         explorer.look(layer=1, rows=(5, 500))
     assert explorer.line.value == line
+
+
+def test_cells_show_the_mean_where_there_is_one_and_say_what_they_show():
+    trace = synthetic_trace(2000, kinds=("csa", "hca"))
+    explorer = AttentionExplorer(trace)
+    explorer.look(layer=0, cells="mean")
+    assert explorer.tile.pool == "mean" and "a cell is the mean of 4 queries" in explorer.title.value
+    exact = attention_tile(trace, 0, "max", max_pixels=TILE_PIXELS, pool="mean")
+    np.testing.assert_array_equal(explorer.tile.values, exact.values)
+    line = explorer.line.value
+    assert line.endswith("cells='mean')")
+    picture, sent = explorer.map.png, explorer.map.sequence
+    explorer.cells.value = "max"
+    assert explorer.map.png != picture and explorer.map.sequence == sent + 1 and "the maximum of 4" in explorer.title.value
+    exec(line, {"explorer": explorer})
+    assert explorer.map.png == picture and explorer.line.value == line
+    explorer.look(layer=0, view="composite", cells="mean")
+    assert explorer.tile.pool == "max" and "as there is no mean: entries overlap" in explorer.title.value
+    with pytest.raises(InputError, match="cells show one of"):
+        explorer.look(layer=0, cells="median")
 
 
 def test_the_facts_of_a_query_stand_under_the_map():

@@ -141,16 +141,19 @@ def _window_runs(record: LayerTrace, head: Head, t: np.ndarray, columns: Range, 
     return oldest[:, None] + runs, most
 
 
+def no_means(record: LayerTrace, rows: Range) -> str:
+    """Why there is no mean over these rows, "" if there is one."""
+    each = 1 if record.entry_probs is None else record.entry_pooling(rows[1] - 1)
+    return f"later rows were recorded as maxima of {each} entries" if each > 1 else ""
+
+
 def mean_probs(record: LayerTrace, head: Head, rows: Range, columns: Range, pooling: tuple[int, int]) -> np.ndarray:
     """The mean probability per cell, over the pairs that a query of it may look at, [h, w] float32.
 
     Raises InputError where rows were recorded pooled: of maxima there is no mean.
     """
-    if record.entry_probs is not None and (each := record.entry_pooling(rows[1] - 1)) > 1:
-        raise InputError(
-            f"the later rows of layer {record.layer} were recorded as maxima of {each} entries, which have no mean; "
-            "take pool='max', or rows that end earlier"
-        )
+    if why := no_means(record, rows):
+        raise InputError(f"layer {record.layer} has no mean here, as {why}; take pool='max', or rows that end earlier")
     height, width = (-(-(stop - start) // pool) for (start, stop), pool in zip((rows, columns), pooling, strict=True))
     total = np.zeros(height * width)
     tokens = window_columns(record)

@@ -14,6 +14,7 @@ from workbench.errors import InputError
 from workbench.figures import style
 from workbench.figures.attention import (
     Head,
+    Pool,
     Range,
     Tile,
     attention_tile,
@@ -27,6 +28,7 @@ from workbench.figures.attention import (
     window_columns,
 )
 from workbench.figures.labels import axis_labels, column_title
+from workbench.figures.pooling import no_means
 from workbench.figures.query import describe, painted_column, query_facts, source_probs, strip_chart
 from workbench.figures.readout import facts_line, readout
 from workbench.trace import LayerTrace, Trace
@@ -71,6 +73,7 @@ COMPLAINT = (
     "<span role='alert' style='display:flex;align-items:center;min-height:32px;font-size:12px;line-height:1.25;"
     "color:var(--jp-error-color1,#b00020)'>{}</span>"
 )
+CELLS = {"maximum": "max", "mean": "mean"}
 TITLE = "<div style='line-height:1.5'><b>{}</b><br>{}</div>"
 
 
@@ -107,7 +110,11 @@ class AttentionExplorer(ipw.VBox):
         self.thumbnails.on_msg(self._on_thumbnail)
         self.map.on_msg(self._on_map)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
-        controls = (self.layer, self.head, self.view), (self.token, *self.range_fields), (*self.zoom_buttons, self.back)
+        controls = (
+            (self.layer, self.head, self.view),
+            (self.token, *self.range_fields),
+            (*self.zoom_buttons, self.back, self.cells),
+        )
         self.body = ipw.VBox(
             [
                 self.thumbnails,
@@ -144,6 +151,7 @@ class AttentionExplorer(ipw.VBox):
         view: str = "both",
         rows: Range | None = None,
         columns: Range | None = None,
+        cells: Pool = "max",
     ) -> None:
         """Show exactly this; what the line under the text says. Raises InputError for what the trace does not have."""
         with self.session.lock:
@@ -153,12 +161,15 @@ class AttentionExplorer(ipw.VBox):
                 raise InputError(
                     f"expected a view of {list(VIEWS.values())} and a token below {record.length}, got {view!r} and {token}"
                 )
+            if cells not in CELLS.values():
+                raise InputError(f"cells show one of {list(CELLS.values())}, got {cells!r:.40}")
             whole = whole_ranges(record, view_of(record, view))
             shown = rows or whole[0], columns or whole[1]
             if not all(a <= x < y <= b for (x, y), (a, b) in zip(shown, whole, strict=True)):
                 raise InputError(f"rows and columns must lie within {whole[0]} and {whole[1]}, got {shown[0]} and {shown[1]}")
             self.session.layer, self.session.head = layer, head
             self.session.choose_token(token)
+            self._show_cells(cells)
             ranges: Ranges = (tuple(shown[0]), tuple(shown[1]))  # type: ignore[assignment]
             self.navigation.go(Place(view, None if ranges == whole else ranges))
         self._redraw()
@@ -194,6 +205,11 @@ class AttentionExplorer(ipw.VBox):
         self.head.observe(self._when_chosen("head"), names="value")
         self.token.observe(self._when_chosen("token"), names="value")
         self.view.observe(self._on_view, names="value")
+        self.cells = ipw.Dropdown(
+            description="Cells", options=CELLS, style=narrow, layout=ipw.Layout(width="150px"),
+            tooltip="what a cell of several queries and columns shows",
+        )  # fmt: skip
+        self.cells.observe(self._redraw, names="value")
         for button, move in zip(
             (*self.zoom_buttons, self.back),
             (lambda: self._zoom_by(1), lambda: self._zoom_by(-1), self.navigation.show_all, self.navigation.back),
@@ -258,6 +274,12 @@ class AttentionExplorer(ipw.VBox):
             self.navigation.go(Place(change["new"]))
         self._redraw()
 
+    def _show_cells(self, cells: Pool) -> None:
+        """What cells show from now on, drawn later."""
+        self.cells.unobserve(self._redraw, names="value")
+        self.cells.value = cells
+        self.cells.observe(self._redraw, names="value")
+
     def _on_range(self, change: Any) -> None:
         """Somebody typed rows or columns: show them, or say why not and change nothing."""
         if self._syncing == threading.get_ident() or self.tile is None:
@@ -320,7 +342,7 @@ class AttentionExplorer(ipw.VBox):
             self._draw("thumbnails", (self._drawn["pictures"], head), self._draw_thumbnails, record, head)
             ranges = self.navigation.shown
             self._draw("ranges", (ranges, self.navigation.whole, view), self._draw_ranges, first_entry(record, view))
-            map_of = (trace, record.layer, head, view, ranges)
+            map_of = (trace, record.layer, head, view, ranges, self.cells.value)
             self._draw("map", map_of, self._draw_map, trace, record, head, token, view)
             self._draw("mark", (self.tile, token), lambda: self.map.show(mark=self._mark(token)))
             self._draw(
@@ -332,7 +354,8 @@ class AttentionExplorer(ipw.VBox):
             self._draw("text", (trace, record.layer, head, token), self.text_panel.draw, trace, record.layer, head, token)
             asked = f"layer={record.layer}, head={head!r}, token={token}, view={self.view.value!r}"
             zoom = "" if ranges == self.navigation.whole else f", rows={ranges[0]}, columns={ranges[1]}"
-            self.line.value = f"explorer.look({asked}{zoom})"
+            cells = "" if self.cells.value == "max" else f", cells={self.cells.value!r}"
+            self.line.value = f"explorer.look({asked}{zoom}{cells})"
 
     def _draw(self, part: str, drawn_from: tuple[Any, ...], draw: Callable[..., None], *arguments: Any) -> None:
         if self._drawn.get(part) != drawn_from:
@@ -397,16 +420,23 @@ class AttentionExplorer(ipw.VBox):
 
     def _draw_map(self, trace: Trace, record: LayerTrace, head: Head, token: int, view: str) -> None:
         rows, columns = self.navigation.shown
-        make = composite_tile if view == "composite" else attention_tile
-        tile = self.tile = make(trace, record.layer, head, rows, columns, TILE_PIXELS)
+        mean = self.cells.value == "mean"
+        no_mean = "entries overlap on this axis" if view == "composite" else no_means(record, rows)
+        if view == "composite":
+            tile = self.tile = composite_tile(trace, record.layer, head, rows, columns, TILE_PIXELS)
+        else:
+            pool: Pool = "mean" if mean and not no_mean else "max"
+            tile = self.tile = attention_tile(trace, record.layer, head, rows, columns, TILE_PIXELS, pool=pool)
         height, width = (side_pixels(stop - start)[0] for start, stop in (rows, columns))
         row_labels, column_labels, upright = axis_labels(trace, tile, height, width)
-        of_cell = "share selected" if record.selection_only else "maximum"
+        of_cell = "share selected" if record.selection_only else "mean" if tile.pool == "mean" else "maximum"
         pooled = (
             ""
             if tile.pooling == (1, 1)
             else f"; a cell is the {of_cell} of {tile.pooling[0]} queries x {tile.pooling[1]} columns"
         )
+        if pooled and mean and no_mean and not record.selection_only:
+            pooled += f", as there is no mean: {no_mean}"
         if view == "entries" and not record.entries:
             pooled += "; no compressed entry here, so the window is shown"
         what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(record, head)}{pooled}"
