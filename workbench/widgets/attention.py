@@ -111,9 +111,9 @@ class AttentionExplorer(ipw.VBox):
         self.map.on_msg(self._on_map)
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         controls = (
-            (self.layer, self.head, self.view),
+            (self.layer, self.head, self.view, self.cells),
             (self.token, *self.range_fields),
-            (*self.zoom_buttons, self.back, self.cells),
+            (*self.zoom_buttons, self.back),
         )
         self.body = ipw.VBox(
             [

@@ -31,7 +31,7 @@ class FindBar(anywidget.AnyWidget):
     _css = """
 .wb-find {display: flex; flex-wrap: wrap; gap: 4px; align-items: center; margin: 2px;
   font: 13px var(--jp-ui-font-family, sans-serif); color: var(--jp-ui-font-color1, inherit)}
-.wb-find input[type=search] {font: inherit; color: inherit; width: min(100%, 240px); box-sizing: border-box; padding: 3px 6px;
+.wb-find input[type=search] {font: inherit; color: inherit; width: 240px; max-width: 100%; box-sizing: border-box; padding: 3px 6px;
   background: var(--jp-layout-color1, Canvas); border: 1px solid var(--jp-border-color1, grey)}
 .wb-find input:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
 .wb-find label {display: inline-flex; gap: 4px; align-items: center}
@@ -58,7 +58,7 @@ class TextPanel(ipw.VBox):
         self._show_match = False  # the text is scrolled to the match, until the query moves
         self._searched: tuple[Any, ...] = ()
         self._drawn: tuple[Trace, int, Head, int] | None = None
-        self.find = FindBar()
+        self.find = FindBar(layout=ipw.Layout(flex="0 1 auto", width="max-content", max_width="100%"))
         told = "Text coloured by where the query looks; arrow keys move it"
         self.text = Pointer(mode="text", height=TEXT_PIXELS, label=told, reports=True)
         self.step = StepSlider(session)
