@@ -92,7 +92,7 @@ def test_damaged_outputs_are_one_clear_error(tmp_path):
 
     path = notebook(tmp_path / "a.ipynb", "# T", "x", outputs=[shown((VIEW_MIME, {"model_id": "m"}))])
     made = nbformat.read(path, as_version=4)
-    state = {"m": {"state": {"mode": "picture", "png": "x", "html": "", "width": "wide"}}}
+    state = {"m": {"state": {"mode": "picture", "png": "x", "html": "", "width": "wide", "sequence": 1}}}
     made.metadata.widgets = {"application/vnd.jupyter.widget-state+json": {"state": state}}
     nbformat.write(made, path)
     with pytest.raises(WorkbenchError, match="a.ipynb has outputs that cannot be pictured"):

@@ -356,6 +356,11 @@ def test_a_line_of_python_brings_a_view_back():
     assert explorer.line.value == line
 
 
+def test_a_closed_explorer_leaves_nothing_that_could_not_be_saved():
+    AttentionExplorer(TRACE).close()
+    assert ipw.Widget.get_manager_state(widgets=None)["state"]
+
+
 def test_cells_show_the_mean_where_there_is_one_and_say_what_they_show():
     trace = synthetic_trace(2000, kinds=("csa", "hca"))
     explorer = AttentionExplorer(trace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, lru_cache
 from html import escape
@@ -154,21 +155,25 @@ def _row(part: str, sums: str, expected: int | None, live: int) -> str:
 
 def _modelled(config: Any, storage: str, tokens: list[int]) -> list[dict[str, Any]]:
     marks = sorted({1, *tokens, *(max(1, round(i * tokens[-1] / MODELLED_POINTS)) for i in range(MODELLED_POINTS + 1))})
-    lines = [_line(marks, [_total(config, n, storage) for n in marks], "this model, modelled (formula)", GREY, "dot")]
+    own = _total(config, storage)
+    lines = [_line(marks, [own(n) for n in marks], "this model, modelled (formula)", GREY, "dot")]
     for (name, kv_heads), dash in zip(_baselines(config).items(), ("longdash", "solid"), strict=False):
-        dense = [_dense_total(config, n, kv_heads, storage) for n in marks]
-        lines.append(_line(marks, dense, f"{name}, modelled (formula)", VERMILLION, dash))
+        dense = _dense_total(config, kv_heads, storage)
+        lines.append(_line(marks, [dense(n) for n in marks], f"{name}, modelled (formula)", VERMILLION, dash))
     return lines
 
 
-@lru_cache(maxsize=2**15)
-def _total(config: Any, length: int, storage: str) -> int:
-    return cost.kv_bytes(config, length, storage)["total"]
+# Of a config a function of the length, as finding a config in a cache takes longer than finding a number in one.
 
 
-@lru_cache(maxsize=2**15)
-def _dense_total(config: Any, length: int, kv_heads: int, storage: str) -> int:
-    return cost.dense_kv_bytes(config, length, kv_heads, storage)
+@lru_cache(maxsize=64)
+def _total(config: Any, storage: str) -> Callable[[int], int]:
+    return lru_cache(maxsize=2**14)(lambda length: cost.kv_bytes(config, length, storage)["total"])
+
+
+@lru_cache(maxsize=64)
+def _dense_total(config: Any, kv_heads: int, storage: str) -> Callable[[int], int]:
+    return lru_cache(maxsize=2**14)(lambda length: cost.dense_kv_bytes(config, length, kv_heads, storage))
 
 
 def _baselines(config: Any) -> dict[str, int]:

@@ -135,7 +135,7 @@ class AttentionExplorer(ipw.VBox):
         if self._following:
             self.session.unobserve(self._redraw, names=["trace", "token", "layer", "head", "state", "charts"])
             self._following = False
-            self.text_panel.close()
+            self.text_panel.unfollow()
         super().close()
 
     @property

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from workbench.live import LiveRun
 
 log = logging.getLogger(__name__)
-FRAME_S = 0.16  # between frames at least: more than six a second nobody needs, and the page must keep time for a click
+FRAME_S = 0.17  # between frames at least: more than six a second nobody needs, and the page must keep time for a click
 # Between charts of a run at work: a page takes far longer to draw one than a map or a text, on a busy machine a second.
 CHART_S = 0.5  # at least, and
 CHART_DELAYS = 3  # times as long as the page was late since the last ones
 PATIENCE_S = 0.5  # how long a page that has answered is waited for; a kernel at work in a cell does not hear it
-SHARE = 0.13  # of the time, at most, that the painter works: generating then takes 1 / (1 - SHARE) as long, and a little more
+SHARE = 0.12  # of the time, at most, that the painter works: generating then takes 1 / (1 - SHARE) as long, and a little more
 IDLE_S = 5.0  # how often a silent run is asked for its state
 FINAL_STATES = ("done", "stopped", "failed")
 

@@ -13,6 +13,8 @@ from workbench.widgets.session import Session
 class StepSlider(ipw.IntSlider):
     """Shows the session's step and changes it; a live run makes it longer as it goes."""
 
+    _following = False
+
     def __init__(self, session: Session) -> None:
         super().__init__(
             description="Step",
@@ -25,11 +27,17 @@ class StepSlider(ipw.IntSlider):
         self._moving: int | None = None  # the thread that moves the handle itself, which is no choice of a person
         self.observe(self._chosen, names="value")
         session.observe(self._follow, names=["trace", "step"])
+        self._following = True
         self._follow()
 
-    def close(self) -> None:
-        if self.comm is not None:
+    def unfollow(self) -> None:
+        """Follow the session no longer."""
+        if self._following:
             self._session.unobserve(self._follow, names=["trace", "step"])
+            self._following = False
+
+    def close(self) -> None:
+        self.unfollow()
         super().close()
 
     def _chosen(self, change: Any) -> None:

@@ -31,7 +31,8 @@ class FindBar(anywidget.AnyWidget):
     _css = """
 .wb-find {display: flex; flex-wrap: wrap; gap: 4px; align-items: center; margin: 2px;
   font: 13px var(--jp-ui-font-family, sans-serif); color: var(--jp-ui-font-color1, inherit)}
-.wb-find input[type=search] {font: inherit; color: inherit; width: 240px; max-width: 100%; box-sizing: border-box; padding: 3px 6px;
+.wb-find input[type=search] {font: inherit; color: inherit; width: 240px; max-width: 100%; box-sizing: border-box;
+  padding: 3px 6px;
   background: var(--jp-layout-color1, Canvas); border: 1px solid var(--jp-border-color1, grey)}
 .wb-find input:focus-visible {outline: 2px solid var(--jp-brand-color1, #0072b2)}
 .wb-find label {display: inline-flex; gap: 4px; align-items: center}
@@ -67,9 +68,9 @@ class TextPanel(ipw.VBox):
         self.find.on_msg(self._on_find)
         self.text.on_msg(self._on_text)
 
-    def close(self) -> None:
-        self.step.close()
-        super().close()
+    def unfollow(self) -> None:
+        """Follow the session no longer. Nothing is closed: what shows a closed widget could not be saved."""
+        self.step.unfollow()
 
     def draw(self, trace: Trace, layer: int, head: Head, token: int) -> None:
         """Show the text around ``token`` and, while a match is gone to, the text around that."""
