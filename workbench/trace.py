@@ -35,7 +35,7 @@ ROW_VALUES = 2**24  # and a head's rows over all entries together hold at most a
 SELECTING = ("csa", "csa2-full", "csa2-reindex", "csa2-reuse", "mla-dsa")
 INDEXING = ("csa", "csa2-full", "csa2-reindex", "mla-dsa")
 ATTENDING_TO_ALL = ("hca", "mla", "gqa", "mha")
-SCORED_AT_ONCE, SCORED_TOGETHER = 4096, 32768  # entries, so that what is multiplied and rectified stays in a cache
+SCORED_AT_ONCE, SCORED_TOGETHER = 8192, 65536  # entries, so that what is multiplied and rectified stays in a cache
 FETCHING = ("lookup", "transfer")  # lanes on which Engram rows are on their way
 OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own and the one before
 

@@ -23,7 +23,7 @@ from workbench.figures.attention import (
     thumbnails,
 )
 from workbench.figures.pooling import column_count
-from workbench.figures.query import describe, query_facts, query_strip, source_probs, top_sources
+from workbench.figures.query import _bars, _bars_without, describe, query_facts, query_strip, source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
 TRACE = synthetic_trace(97, seed=1)
@@ -332,6 +332,18 @@ def test_a_choice_whose_indexer_was_not_recorded_has_no_scores():
     told = describe(trace, 2, "max", 57, 61 + entry)
     assert told["selected"] and told["index_score"] is told["rank"] is told["chosen_by"] is None
     assert query_strip(trace, 2, 57).data
+
+
+@pytest.mark.parametrize("entries", [1, 2, 199, 200, 201, 202, 1000, 4097])
+def test_bars_of_all_but_the_kept_entries_are_those_of_each_named(entries):
+    record, rng = TRACES["deepseek_v4"].layer(1), np.random.default_rng(entries)
+    for many in {0, 1, min(entries, 8), entries}:
+        scores = rng.normal(size=entries).astype(np.float32)
+        kept = np.sort(rng.choice(entries, many, replace=False))
+        others = np.setdiff1d(np.arange(entries), kept)
+        found, named = _bars_without(record, scores, kept), _bars(record, others, scores[others])
+        for one, other in zip(found, named, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_an_entry_of_the_future_is_not_visible_and_has_no_score():

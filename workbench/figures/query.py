@@ -245,16 +245,15 @@ def _strip_frame(rows: int) -> str:
 def _score_bars(record: LayerTrace, chooser: LayerTrace, token: int, layout: dict[str, Any]) -> list[dict[str, Any]]:
     scores, name_of_one = chooser.index_scores(token), "token" if record.of_tokens else "entry"
     kept = record.selected[token] if record.selected is not None else np.zeros(0, np.int32)
-    is_kept = np.zeros(len(scores), bool)
-    is_kept[kept[kept >= 0]] = True
+    kept = np.unique(kept[kept >= 0])
     low, high = float(scores.min()), float(scores.max())
     floor = min(0.0, low - 0.05 * (high - low))  # bars stand on it: the higher, the better, also below zero
     data: list[dict[str, Any]] = []
-    for name, mask, colour, symbol in (
-        ("not kept", ~is_kept, style.GREY, None),
-        ("kept", is_kept, style.ENTRY_COLOUR, "diamond"),
+    for name, bars, colour, symbol in (
+        ("not kept", _bars_without(record, scores, kept), style.GREY, None),
+        ("kept", _bars(record, kept, scores[kept]), style.ENTRY_COLOUR, "diamond"),
     ):
-        x, y, width, first = _bars(record, np.flatnonzero(mask), scores[mask])
+        x, y, width, first = bars
         hover = name_of_one + " %{customdata[0]:.0f}<br>index score %{customdata[1]:.4g}<extra>" + name + "</extra>"
         told = np.stack([first.astype(np.float32), y], axis=1)
         bar = _bar(x, y - floor, width, name, colour, hover, told)
@@ -265,7 +264,7 @@ def _score_bars(record: LayerTrace, chooser: LayerTrace, token: int, layout: dic
                 "x": x,
                 "y": y,
                 "mode": "markers",
-                "name": f"{name} ({int(mask.sum())} of {len(scores)})",
+                "name": f"{name} ({len(kept)} of {len(scores)})",
             }
             mark |= {"hoverinfo": "skip", "marker": {"color": colour, "symbol": symbol, "size": 8}}
             data.append(mark | {"xaxis": "x", "yaxis": "y"})
@@ -350,8 +349,28 @@ def _bars(record: LayerTrace, entries: np.ndarray, heights: np.ndarray, each: in
     group = -(-len(entries) // MAX_POINTS) if len(entries) else 1
     starts = np.arange(0, len(entries), group)
     high = np.maximum.reduceat(heights, starts) if len(entries) else heights
-    first = entries[starts]
-    last = entries[np.minimum(starts + group, len(entries)) - 1] + each - 1
+    return _placed(record, entries[starts], entries[np.minimum(starts + group, len(entries)) - 1] + each - 1, high)
+
+
+def _bars_without(record: LayerTrace, scores: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, ...]:
+    """``_bars`` of the scores of all entries but the ``kept`` ones (ascending), of which there may be hundreds of thousands:
+    none of these is moved or named one by one."""
+    others = len(scores) - len(kept)
+    group = max(1, -(-others // MAX_POINTS))
+    starts = np.arange(0, others, group)
+    before = kept - np.arange(len(kept))  # how many others come before each kept one
+
+    def entry(nth: np.ndarray) -> np.ndarray:
+        return nth + np.searchsorted(before, nth, side="right")
+
+    first = entry(starts)
+    rest = scores.copy()
+    rest[kept] = -np.inf
+    high = np.maximum.reduceat(rest, first) if others else rest[:0]
+    return _placed(record, first, entry(np.minimum(starts + group, others) - 1), high)
+
+
+def _placed(record: LayerTrace, first: np.ndarray, last: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
     width = (last - first + 1) * record.ratio
     centre = (first * record.ratio + (width - 1) / 2).astype(np.float32)
     return centre, high, width.astype(np.int32), first
