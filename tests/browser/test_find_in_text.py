@@ -35,6 +35,12 @@ class Finding:
         self.cell = browser.cell("explorer = wb.AttentionExplorer")
         self.field = self.cell.get_by_role("searchbox", name="Find in the text")
 
+    def ask(self, text: str) -> None:
+        """Type over whatever stands in the field."""
+        self.field.focus()
+        self.keys.press("Control+a")
+        self.keys.type(text)
+
     def says(self, told: str) -> None:
         script = "([cell, told]) => cell.querySelector('.wb-find output').textContent == told"
         self.browser.until(script, f"the field says {told!r}", [self.cell.element_handle(), told])
@@ -72,9 +78,7 @@ def test_typing_finds_and_enter_goes_on_while_the_query_stays(notebook):
 
 def test_what_is_not_there_is_said(notebook):
     here = Finding(notebook)
-    here.field.focus()
-    here.keys.press("Control+a")
-    here.keys.type("quagga(")
+    here.ask("quagga(")
     here.says("not found")
     here.keys.press("Control+a")
     here.keys.press("Delete")
@@ -83,13 +87,10 @@ def test_what_is_not_there_is_said(notebook):
 
 def test_an_emoji_and_words_of_other_directions_are_found_and_stand_as_they_are_read(notebook):
     here = Finding(notebook)
-    here.field.focus()
-    here.keys.press("Control+a")
-    here.keys.insert_text("🔑")
+    here.ask("🔑")
     here.says("1 of 1")
     here.match_in_sight()
-    here.keys.press("Control+a")
-    here.keys.insert_text("שלום עולם")
+    here.ask("שלום עולם")
     marked = "cell => [...cell.querySelectorAll('bdi.at')].map((e) => e.innerText).join('') == 'שלום·עולם'"
     notebook.until(marked, "the words are marked", here.cell.element_handle())
     here.match_in_sight()
@@ -102,9 +103,7 @@ def test_an_emoji_and_words_of_other_directions_are_found_and_stand_as_they_are_
 
 def test_the_match_becomes_the_query_with_a_button(notebook):
     here = Finding(notebook)
-    here.field.focus()
-    here.keys.press("Control+a")
-    here.keys.type("zebra")
+    here.ask("zebra")
     here.says("1 of 1")
     match = here.match_in_sight()
     for _ in range(4):  # past previous, next and the box

@@ -11,6 +11,7 @@ One letter sizes: L tokens, S compressed entries, W window, H heads, K kept entr
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +36,7 @@ TILE_BYTES = 180_000  # a notebook keeps pictures as base64, a third larger, and
 THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 5_000, 56
 MAX_CELL_PIXELS = 32
 Pool = Literal["max", "mean"]
+Levels = tuple[np.ndarray, bytes, bytes]
 SELECTED = "selected (no probabilities in a capture)"
 THUMBNAIL_QUERIES = 8  # of a capture, looked at for each row of a thumbnail's cells; the large map looks at all
 LAYER_NAMES = {
@@ -275,13 +277,23 @@ def checked_range(name: str, given: Range | None, size: int) -> Range:
 def tile_png(values: np.ndarray, visible: np.ndarray, scale: tuple[int, int], budget: int) -> bytes:
     """A palette PNG within ``budget`` bytes; a noisy picture gives up shades of colour to fit."""
     root = np.sqrt(np.clip(values, 0.0, 1.0))
+
+    def drawn(shades: int) -> Levels:
+        level = np.where(visible, 1 + np.ceil(root * (shades - 1)), 0)  # 0 is transparent, 1 is zero
+        return level, bytes(3) + style.colour_map(shades).tobytes(), bytes(1)
+
+    return fitting_png(map(drawn, (255, 63, 31, 15, 7, 3)), scale, budget)
+
+
+def fitting_png(pictures: Iterable[Levels], scale: tuple[int, int], budget: int) -> bytes:
+    """The first of ever plainer pictures that takes at most ``budget`` bytes, else the last: as (level of each cell [h, w],
+    colours of the levels, how opaque the first of them are)."""
     png = b""
-    for shades in (255, 63, 31, 15, 7, 3):
-        level = np.where(visible, 1 + np.ceil(root * (shades - 1)), 0).astype(np.uint8)  # 0 is transparent, 1 is zero
-        picture = Image.fromarray(level.repeat(scale[0], axis=0).repeat(scale[1], axis=1))
-        picture.putpalette(bytes(3) + style.colour_map(shades).tobytes())
+    for level, colours, opacities in pictures:
+        picture = Image.fromarray(level.astype(np.uint8).repeat(scale[0], axis=0).repeat(scale[1], axis=1))
+        picture.putpalette(colours)
         out = io.BytesIO()
-        picture.save(out, format="png", transparency=0)
+        picture.save(out, format="png", transparency=opacities)
         png = out.getvalue()
         if len(png) <= budget:
             break

@@ -13,14 +13,12 @@ from workbench import cost
 from workbench.errors import InputError
 from workbench.figures.attention import (
     LAYER_NAMES,
-    MAX_CELL_PIXELS,
     Head,
     check_head,
     composite_tile,
     describe_head,
     describe_layer,
     tile_png,
-    visible_cells,
 )
 from workbench.figures.difference import TABLE_CSS
 from workbench.figures.picture_axes import picture_chart
@@ -57,9 +55,8 @@ def beside_maps(found: Beside, layer: int, head: Head = "max") -> go.Figure:
     dense = dense_cells(found, layer, head)
     tile = composite_tile(found.trace, layer, head, max_pixels=found.pixels)
     whole = (0, record.length)
-    visible = visible_cells(record, whole, whole, tile.pooling, True)
-    scale = (min(MAX_CELL_PIXELS, max(1, found.pixels // len(dense))),) * 2
-    shown = [tile_png(values, visible, scale, MAP_BYTES) for values in (tile.values, np.where(visible, dense, 0.0))]
+    both = tile.values, np.where(tile.visible, dense, 0.0)
+    shown = [tile_png(values, tile.visible, tile.scale, MAP_BYTES) for values in both]
     pooled = "" if tile.pooling == (1, 1) else f"; a cell is the largest of {tile.pooling[0]} × {tile.pooling[1]}"
     what = f"layer {layer} ({describe_layer(record)}), {describe_head(record, head)}{pooled}"
     colour = "brighter is more: colour is the square root of the probability, 0 to 1"

@@ -6,26 +6,26 @@ queries is worked out at once, never L x L. One letter sizes: L tokens.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
-from PIL import Image
 
 from workbench.differences import Comparison, check_alike, settings_label
 from workbench.errors import InputError
 from workbench.figures.attention import (
     LAYER_NAMES,
-    MAX_CELL_PIXELS,
     TILE_BYTES,
     Head,
+    Levels,
     Range,
+    cells_of,
     check_head,
     checked_range,
     describe_head,
     describe_layer,
+    fitting_png,
     largest_probs,
     visible_cells,
 )
@@ -83,13 +83,11 @@ def difference_tile(
     if limit is not None and not 0 < limit <= 1:
         raise InputError(f"limit is a difference of probabilities, above 0 and at most 1, got {limit}")
     rows, columns = checked_range("rows", rows, one.length), checked_range("columns", columns, one.length)
-    shape = rows[1] - rows[0], columns[1] - columns[0]
-    pooling = -(-shape[0] // max_pixels), -(-shape[1] // max_pixels)
+    sides = [cells_of(stop - start, max_pixels) for start, stop in (rows, columns)]
+    pooling, scale = (sides[0][1], sides[1][1]), (sides[0][2], sides[1][2])
     values = _largest_difference(one, other, head, rows, columns, pooling)
     visible = visible_cells(one, rows, columns, pooling, True) | visible_cells(other, rows, columns, pooling, True)
     values[~visible] = 0.0
-    height, width = values.shape
-    scale = min(MAX_CELL_PIXELS, max(1, max_pixels // height)), min(MAX_CELL_PIXELS, max(1, max_pixels // width))
     full = float(np.abs(values).max()) if limit is None else limit
     png = _signed_png(values, visible, full, scale)
     labels = (settings_label(a), settings_label(b))
@@ -121,22 +119,17 @@ def _largest_difference(
 def _signed_png(values: np.ndarray, visible: np.ndarray, limit: float, scale: tuple[int, int]) -> bytes:
     """A palette PNG within ``TILE_BYTES``; a noisy picture gives up shades of colour to fit."""
     root = np.sign(values) * np.sqrt(np.clip(np.abs(values) / (limit or 1.0), 0.0, 1.0))
-    png = b""
-    for shades in (127, 31, 15, 7, 3, 1):
-        level = np.where(visible, np.round(root * shades) + shades + 1, 0).astype(np.uint8)  # 0 is clear
+
+    def drawn(shades: int) -> Levels:
         colours, alpha = bytearray(3), bytearray(1)
         for strength in np.arange(-shades, shades + 1) / shades:
             hue = bytes.fromhex((VERMILLION if strength > 0 else BLUE if strength < 0 else GREY)[1:])
             colours += hue
             alpha.append(round(FAINT + (255 - FAINT) * abs(strength)))
-        picture = Image.fromarray(level.repeat(scale[0], axis=0).repeat(scale[1], axis=1))
-        picture.putpalette(bytes(colours))
-        out = io.BytesIO()
-        picture.save(out, format="png", transparency=bytes(alpha))
-        png = out.getvalue()
-        if len(png) <= TILE_BYTES:
-            break
-    return png
+        level = np.where(visible, np.round(root * shades) + shades + 1, 0)  # 0 is clear
+        return level, bytes(colours), bytes(alpha)
+
+    return fitting_png(map(drawn, (127, 31, 15, 7, 3, 1)), scale, TILE_BYTES)
 
 
 def difference_map(tile: DifferenceTile, names: tuple[str, str] = ("", "")) -> go.Figure:

@@ -169,9 +169,9 @@ class AttentionExplorer(ipw.VBox):
                 raise InputError(f"rows and columns must lie within {whole[0]} and {whole[1]}, got {shown[0]} and {shown[1]}")
             self.session.layer, self.session.head = layer, head
             self.session.choose_token(token)
-            self._show_cells(cells)
             ranges: Ranges = (tuple(shown[0]), tuple(shown[1]))  # type: ignore[assignment]
             self.navigation.go(Place(view, None if ranges == whole else ranges))
+            self.cells.value = cells
         self._redraw()
 
     def _make_controls(self) -> None:
@@ -273,12 +273,6 @@ class AttentionExplorer(ipw.VBox):
         with self.session.lock:
             self.navigation.go(Place(change["new"]))
         self._redraw()
-
-    def _show_cells(self, cells: Pool) -> None:
-        """What cells show from now on, drawn later."""
-        self.cells.unobserve(self._redraw, names="value")
-        self.cells.value = cells
-        self.cells.observe(self._redraw, names="value")
 
     def _on_range(self, change: Any) -> None:
         """Somebody typed rows or columns: show them, or say why not and change nothing."""
