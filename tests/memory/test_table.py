@@ -575,12 +575,12 @@ def test_a_gather_of_quantised_rows_needs_no_memory_that_grows_with_it(tmp_path)
     assert peak < 5 * 2**20 < out.nbytes / 10
 
 
-def test_several_threads_gather_at_once_and_a_close_meanwhile_harms_none(table):
-    expected, ids = rounded(draw(), table.dtype), np.random.default_rng(0).integers(0, ROWS, (8, 4000))
+def close_while_gathering(table: EngramTable, ids: np.ndarray, expected: np.ndarray, times: int) -> list[object]:
+    """Close the table while a thread for each row of ``ids`` gathers from it; what was neither right nor told as a close."""
     wrong: list[object] = []
 
     def work(mine: np.ndarray) -> None:
-        for _ in range(20):
+        for _ in range(times):
             try:
                 if not np.array_equal(table.gather(mine), expected[mine]):
                     wrong.append("rows differ")
@@ -596,37 +596,25 @@ def test_several_threads_gather_at_once_and_a_close_meanwhile_harms_none(table):
     table.close()
     for thread in threads:
         thread.join(60)
-    assert not wrong and not any(thread.is_alive() for thread in threads)
+    return wrong + [thread for thread in threads if thread.is_alive()]
+
+
+def test_several_threads_gather_at_once_and_a_close_meanwhile_harms_none(table):
+    ids = np.random.default_rng(0).integers(0, ROWS, (8, 4000))
+    assert close_while_gathering(table, ids, rounded(draw(), table.dtype), 20) == []
 
 
 def test_a_close_at_any_moment_is_told_as_one(tmp_path):
-    EngramTable.create(tmp_path / "t", 1009, 96, dtype="fp16").close()
-    wrong: list[Exception] = []
-
-    def work(table: EngramTable) -> None:
-        for _ in range(50):
-            try:
-                table.gather(np.arange(50))
-            except WorkbenchError as error:
-                if "is closed" not in str(error):
-                    wrong.append(error)
-            except Exception as error:
-                wrong.append(error)
-
+    with EngramTable.create(tmp_path / "t", 1009, 96, dtype="fp16") as table:
+        expected = np.array(table.all_values())
+    ids = np.tile(np.arange(50), (8, 1))
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # threads take turns inside of a call: without care about one round in ten goes wrong
     try:
         for _ in range(100):
-            table = EngramTable.open(tmp_path / "t")
-            threads = [threading.Thread(target=work, args=(table,)) for _ in range(8)]
-            for thread in threads:
-                thread.start()
-            table.close()
-            for thread in threads:
-                thread.join(60)
+            assert close_while_gathering(EngramTable.open(tmp_path / "t"), ids, expected, 50) == []
     finally:
         sys.setswitchinterval(interval)
-    assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
 def test_progress_is_told_drawn_on_a_terminal_and_silent_in_a_pipe(tmp_path, monkeypatch, capsys):
