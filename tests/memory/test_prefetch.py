@@ -315,6 +315,28 @@ def test_an_idle_worker_ends_and_another_is_made_when_there_is_work(monkeypatch,
         assert gone(lambda: workers() - before)
 
 
+@pytest.mark.parametrize("way", ["idle", "retired", "twice"])
+def test_closing_waits_for_a_worker_that_has_left_its_queue_and_not_yet_ended(monkeypatch, table, way):
+    serve, left = prefetch._serve, threading.Semaphore(0)
+
+    def and_linger(crew) -> None:
+        serve(crew)
+        left.release()
+        time.sleep(0.2)
+
+    monkeypatch.setattr(prefetch, "IDLE_S", 0.0 if way == "idle" else 30.0)
+    monkeypatch.setattr(prefetch, "_serve", and_linger)
+    before, fetcher, source = workers(), RowFetcher(), TableSource(table)
+    for _ in range(2):  # with nothing to wait for, the second worker is made while the first lingers
+        with fetcher.start(0, draw, source, "prefetch") as lookup:
+            assert torch.equal(lookup.memory, table.wanted(draw()))
+        assert way != "idle" or left.acquire(timeout=30)
+    if way == "twice":  # a call that failed lets its worker go and does not wait; the end of its run does
+        fetcher.retire()
+    fetcher.close()
+    assert workers() <= before
+
+
 def test_serial_and_resident_lookups_of_a_table_in_memory_need_no_worker(fetcher, table):
     before = workers()
     for policy in ("serial", "resident"):

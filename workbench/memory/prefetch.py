@@ -79,7 +79,8 @@ class _Crew:
         self.free = [Slot() for _ in range(depth)]
         for slot in self.free:
             executor.allocate(slot, buffer_bytes)
-        self.thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None  # the worker, kept when it ends: who waits for it needs the thread itself
+        self.working = False  # the worker will look at the queue again
         self.retired = self.closed = False
         self.starved = False  # the worker waits for a buffer
         self.read_s = self.given_s = time.perf_counter()  # when the worker last began or ended a read, and a buffer came back
@@ -92,10 +93,11 @@ class _Crew:
     def submit(self, fetch: Fetch) -> None:
         with self.changed:
             self.queue.append(fetch)
-            if self.thread is None:
+            if not self.working:
+                self.join(None)  # an earlier worker has left the queue and is about to end
                 thread = threading.Thread(target=_serve, args=(self,), name="engram-rows", daemon=True)
                 thread.start()
-                self.thread = thread
+                self.thread, self.working = thread, True
             self.changed.notify_all()
 
     def retire(self, *, close: bool = False) -> None:
@@ -142,7 +144,7 @@ def _serve(crew: _Crew) -> None:
             while not crew.queue and not crew.retired and (left := idle_from + IDLE_S - time.perf_counter()) > 0:
                 crew.changed.wait(left)
             if not crew.queue or crew.closed:
-                crew.thread = None
+                crew.working = False
                 for fetch in crew.queue:
                     fetch.finish(None, WorkbenchError("the fetcher was closed"))
                 crew.queue.clear()
@@ -341,6 +343,7 @@ class RowFetcher:
             raise InputError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
         self.depth, self.buffer_bytes, self.timeout_s = depth, buffer_bytes, timeout_s
         self._crew: _Crew | None = None
+        self._leaving: list[_Crew] = []  # retired, and their workers may not have ended yet
         self._lock = threading.Lock()
         self._end = weakref.finalize(self, int)  # what becomes of the worker when the fetcher is dropped; nothing yet
 
@@ -374,27 +377,35 @@ class RowFetcher:
                 if crew.executor is executor or (executor is None and crew.executor.device == device):
                     return crew
                 crew.retire()  # the model has moved
+            self._remember(crew)
             self._crew = crew = _Crew(executor or executor_for(device), self.depth, self.buffer_bytes)
             self._end.detach()
             self._end = weakref.finalize(self, crew.retire)
             return crew
 
+    def _remember(self, crew: _Crew | None) -> list[_Crew]:
+        """The crews that were let go, this one with them, as far as their workers live."""
+        self._leaving = [c for c in (*self._leaving, crew) if c is not None and c.thread is not None and c.thread.is_alive()]
+        return list(self._leaving)
+
     def retire(self, wait_s: float = 0.0) -> None:
-        """Let the worker end once it has served what is queued, and wait up to ``wait_s`` for that; a later lookup makes
-        another, with new buffers. For the end of a run, and after a call that broke off while a read may hang."""
-        with self._lock:
-            crew, self._crew = self._crew, None
-            self._end.detach()
-        if crew is not None:
-            crew.retire()
-            if wait_s:
-                crew.join(wait_s)
+        """Let the worker end once it has served what is queued, and wait up to ``wait_s`` for that and for workers retired
+        before; a later lookup makes another, with new buffers. For the end of a run, and after a call that broke off while a
+        read may hang."""
+        self._let_go(wait_s)
 
     def close(self) -> None:
         """Let the worker finish the read it has begun, drop what is queued, and end its thread (given ``timeout_s``)."""
+        self._let_go(self.timeout_s, close=True)
+
+    def _let_go(self, wait_s: float, *, close: bool = False) -> None:
         with self._lock:
             crew, self._crew = self._crew, None
             self._end.detach()
+            leaving = self._remember(crew)
         if crew is not None:
-            crew.retire(close=True)
-            crew.join(self.timeout_s)
+            crew.retire(close=close)  # also where no worker lives: whoever still holds it must not wait on an idle one
+        until = time.perf_counter() + wait_s
+        for each in leaving:
+            each.retire(close=close)
+            each.join(max(0.0, until - time.perf_counter()))
