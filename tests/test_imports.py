@@ -23,6 +23,7 @@ ALLOWED = {
     "sources": set(),
     "weights": set(),
     "intervals": {"numpy"},
+    "scoring": {"numpy"},
     "trace": {"numpy"},
     "decoded": set(),
     "captures": {"numpy", "tokenizers"},
@@ -72,7 +73,7 @@ NEVER_LOADED = {
     **dict.fromkeys(
         (
             *("", "errors", "transcript", "config", "presets", "devices", "sources", "weights", "trace", "cost", "schedule"),
-            *("intervals", "profile", "chrome_trace"),
+            *("intervals", "scoring", "profile", "chrome_trace"),
             *("measurements", "progress", "runtime", "cli", "engram", "claims", "export", "frontier", "ask_server"),
             *("exercises", "glossary", "caches", "captures", "decoded", "frontend", "agent", "sharing", "mixing", "rounding"),
         ),

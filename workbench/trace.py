@@ -21,6 +21,7 @@ from numpy.lib import format as npy
 
 from workbench.errors import InputError
 from workbench.intervals import length, union
+from workbench.scoring import index_scores
 
 Origin = Literal["measured", "modelled", "recorded"]
 FORMAT, VERSION = "workbench-trace", 1
@@ -35,7 +36,6 @@ ROW_VALUES = 2**24  # and a head's rows over all entries together hold at most a
 SELECTING = ("csa", "csa2-full", "csa2-reindex", "csa2-reuse", "mla-dsa")
 INDEXING = ("csa", "csa2-full", "csa2-reindex", "mla-dsa")
 ATTENDING_TO_ALL = ("hca", "mla", "gqa", "mha")
-SCORED_AT_ONCE, SCORED_TOGETHER = 8192, 65536  # entries, so that what is multiplied and rectified stays in a cache
 FETCHING = ("lookup", "transfer")  # lanes on which Engram rows are on their way
 OVERLAPPING = "csa"  # its entries are made from two blocks of tokens, their own and the one before
 
@@ -233,23 +233,7 @@ class LayerTrace:
         """
         if self.index_queries is None or self.index_weights is None or self.index_keys is None:
             raise InputError(f"layer {self.layer} is a {self.kind} layer and has no lightning indexer; choose another layer")
-        keys = self.index_keys[: self.visible_entries(t)]  # [S, Di]
-        queries = np.ascontiguousarray(self.index_queries[t].T, np.float32)  # [Di, Hi]
-        weights = self.index_weights[t].astype(np.float32)
-        scores = np.empty(len(keys), np.float32)
-        for start in range(0, len(keys), SCORED_TOGETHER):
-            part = keys[start : start + SCORED_TOGETHER].astype(np.float32, copy=False)
-            out = scores[start : start + SCORED_TOGETHER]
-            whole = len(part) - len(part) % SCORED_AT_ONCE
-            # A stack of tall matrices is multiplied one by one, each as numpy does best; one very tall one takes twice as long.
-            for stack, into in (
-                (part[:whole].reshape(-1, SCORED_AT_ONCE, part.shape[1]), out[:whole]),
-                (part[None, whole:], out[whole:]),
-            ):
-                products = stack @ queries  # [n, at once, Hi]
-                np.maximum(products, 0.0, out=products)
-                np.matmul(products.reshape(-1, len(weights)), weights, out=into)
-        return scores
+        return index_scores(self.index_queries[t], self.index_weights[t], self.index_keys[: self.visible_entries(t)])
 
 
 def entries_of(kind: str, ratio: int, token: int) -> tuple[int, ...]:
