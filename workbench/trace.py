@@ -343,10 +343,11 @@ class Trace:
         return int(np.searchsorted(self.step_starts, t, side="right")) - 1
 
     def layer(self, number: int) -> LayerTrace:
-        for layer in self.layers:
-            if layer.layer == number:
-                return layer
-        raise InputError(f"trace has layers {[layer.layer for layer in self.layers]}, got {number}")
+        if isinstance(number, int | np.integer):
+            for layer in self.layers:
+                if layer.layer == number:
+                    return layer
+        raise InputError(f"trace has layers {[layer.layer for layer in self.layers]}, got {number!r:.60}")
 
     def chooser(self, number: int) -> LayerTrace | None:
         """The layer whose indexer chose the entries of layer ``number``: itself, or for V4.1's reusing layers the last one
