@@ -1,7 +1,9 @@
 """What people see when something cannot be done: what was given, what was expected, what to do."""
 
 import operator
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -19,3 +21,13 @@ def whole_number(name: str, given: Any) -> int:
         with suppress(TypeError):
             return operator.index(given)
     raise InputError(f"{name} must be a whole number, got {given!r:.60}")
+
+
+def given_path(name: str, given: Any) -> Path:
+    """A path that was given as text or a Path; InputError for anything else."""
+    try:
+        if "\0" not in os.fspath(given):
+            return Path(given)
+    except TypeError:  # no path, or one of bytes
+        pass
+    raise InputError(f"{name} must be a path, got {given!r:.60}")
