@@ -24,6 +24,7 @@ ALLOWED = {
     "weights": set(),
     "intervals": {"numpy"},
     "trace": {"numpy"},
+    "trace_check": {"numpy"},
     "decoded": set(),
     "captures": {"numpy", "tokenizers"},
     "ask_server": set(),
