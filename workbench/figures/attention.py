@@ -297,7 +297,7 @@ def checked_range(name: str, given: Range | None, size: int) -> Range:
 
 def tile_png(values: np.ndarray, visible: np.ndarray, scale: tuple[int, int], budget: int) -> bytes:
     """A palette PNG within ``budget`` bytes; a noisy picture gives up shades of colour to fit."""
-    root = np.sqrt(np.clip(values, 0.0, 1.0))
+    root = np.sqrt(np.clip(np.nan_to_num(values), 0.0, 1.0))  # a model that came to nothing has no colour
 
     def drawn(shades: int) -> Levels:
         level = np.where(visible, 1 + np.ceil(root * (shades - 1)), 0)  # 0 is transparent, 1 is zero
