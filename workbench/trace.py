@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.lib import format as npy
 
-from workbench.errors import InputError
+from workbench.errors import InputError, given_path
 from workbench.intervals import length, union
 
 Origin = Literal["measured", "modelled", "recorded"]
@@ -376,7 +376,7 @@ class Trace:
         ``half=True`` keeps indexer queries and keys in float16, for small traces that ship; recomputed scores then agree
         to about 1e-3.
         """
-        folder = Path(folder)
+        folder = given_path("a folder", folder)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; give a folder to save the trace in")
         folder.mkdir(parents=True, exist_ok=True)
@@ -450,7 +450,7 @@ def shipped_traces(prefix: str = "") -> tuple[str, ...]:
 
 def _find_folder(source: str | Path) -> Path:
     """A folder as given, or the shipped trace of that name."""
-    folder = Path(source)
+    folder = given_path("a trace", source)
     if folder.is_dir() or folder.name != str(source):
         return folder
     shipped = shipped_traces()
