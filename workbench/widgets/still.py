@@ -278,8 +278,8 @@ def register() -> None:
 def save_picture(view: Any, path: str | Path) -> Path:
     """Write what ``view`` shows now: .svg or .png of a chart, .png of an attention map, .html of any widget or chart.
 
-    A tile, as `attention_tile` makes it, is saved as .png. Of a widget, .svg and .png are its ``figure``, the chart last drawn; a
-    widget without one gives its map. Returns the path.
+    A tile, as `attention_tile` makes it, is saved as .png. Of a widget, .svg and .png are its ``figure``, the chart last drawn;
+    a widget without one gives its map. Returns the path.
     InputError for another ending, for something that is no view, and for a view that has no such picture.
     """
     target = given_path("a picture's file", path)
