@@ -76,6 +76,22 @@ def trickling(seconds: float) -> Act:
     return act
 
 
+def dripping(begun: bytes, seconds: float) -> Act:
+    """A server that has sent ``begun`` and then a letter, again and again."""
+
+    def act(handler: Handler, _: Any) -> None:
+        handler.wfile.write(begun)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                handler.wfile.write(b"a")
+            except OSError:
+                return
+            time.sleep(0.02)
+
+    return act
+
+
 @contextmanager
 def serving(act: Act) -> Iterator[tuple[str, list[Any]]]:
     """Address of a server that acts so, and the list of what it was asked."""

@@ -203,6 +203,30 @@ def test_a_new_sequence_begins_anew_and_half_a_one_is_refused(transformers_oracl
     assert seen.trace.token_ids.tolist() == b[0].tolist() and not hooks(model)
 
 
+def test_beams_that_exchange_rows_are_refused_and_greedy_rows_are_not(transformers_oracle):
+    model = tiny(transformers_oracle, "Qwen3", pad_token_id=0, eos_token_id=None)
+    ids = drawn(9, 50)
+    with torch.inference_mode():
+        with wb.attach(model), pytest.raises(WorkbenchError, match="num_beams=1"):
+            model.generate(ids, max_new_tokens=12, num_beams=4, do_sample=False)
+        for rows in (1, 2):
+            with wb.attach(model) as seen:
+                out = model.generate(ids.expand(rows, -1), max_new_tokens=8, do_sample=False)
+            assert seen.trace.token_ids.tolist() == out[0, :-1].tolist()
+    assert not hooks(model)
+
+
+def test_a_mask_without_its_name_dropout_and_a_tokenizer_that_cannot_decode_are_refused(transformers_oracle):
+    model = tiny(transformers_oracle, "Qwen3", attention_dropout=0.5)
+    with wb.attach(model), pytest.raises(InputError, match="padded"):
+        model(drawn(6, 50), torch.tensor([[0, 1, 1, 1, 1, 1]]))
+    with pytest.raises(InputError, match=r"model.eval\(\)"), wb.attach(model.train()):
+        pass
+    assert not hooks(model)
+    with pytest.raises(InputError, match="decode"):
+        wb.attach(model.eval(), "a name")
+
+
 def test_another_thread_and_models_that_are_not_known(transformers_oracle, tmp_path: Path):
     import threading
 

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 import workbench as wb
-from tests.capture_server import answer, giving, selections, serving, trickling
+from tests.capture_server import answer, dripping, giving, selections, serving, trickling
 from tests.synthetic import FAMILIES, synthetic_trace
 from workbench import captures, cli
 from workbench.config import read_config
 from workbench.errors import InputError, WorkbenchError
-from workbench.transcript import parse_transcript
+from workbench.figures.text import text_view
+from workbench.transcript import Transcript, parse_transcript
 
 SOURCES = {"V4": synthetic_trace(97, seed=5), "V3.2": synthetic_trace(61, seed=6, kinds=FAMILIES["deepseek_v32"])}
 V4 = SOURCES["V4"]
@@ -226,6 +227,10 @@ SAID = {
     "half an answer": (lambda h, _: h.say(b'{"meta', length=100), "broke off"),
     "a trickle": (trickling(20.0), "within 0.3 s"),
     "silence": (lambda h, _: time.sleep(1.0), "within 0.3 s"),
+    "a header without end": (dripping(b"HTTP/1.0 200 OK\r\nX: ", 3.0), "within 0.3 s"),
+    "an error without end": (dripping(b"HTTP/1.0 500 No\r\n\r\n", 3.0), "within 0.3 s"),
+    "another protocol": (lambda h, _: h.wfile.write(b"SSH-2.0-x\r\n"), "cannot be reached: SSH"),
+    "a dropped connection": (lambda h, _: None, "cannot be reached"),
 }
 
 
@@ -281,11 +286,68 @@ def test_no_proxy_and_no_other_address_is_contacted(tmp_path, monkeypatch):
         (("http://host", ""), "empty"),
         (("http://host", []), "at least one"),
         (("http://host", [1, "a"]), "whole numbers"),
+        (("http://host", b"bytes"), "whole numbers"),
+        (("http://host", [2**31]), "31 bits"),
+        (("http://host", "half \ud83d"), "half a character"),
+        (("http://host:0", "x"), "no address"),  # would ask port 80
+        (("http://[v1.host]", "x"), "no address"),
+        (("http://a..b", "x"), "no name of a host"),
+        (("http://" + "a" * 64, "x"), "no name of a host"),
+        (("http://host/\u00e9", "x"), "%XX"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_before_anything_is_sent(tmp_path, arguments, said):
     with pytest.raises(InputError, match=said):
         wb.capture(*arguments, out=tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timeout_s": "3"},
+        {"timeout_s": None},
+        {"timeout_s": float("nan")},
+        {"timeout_s": 1e12},
+        {"max_bytes": None},
+        {"max_bytes": 0},
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": True},
+        {"api_key": "a\nb"},
+        {"api_key": "\u043a"},
+        {"out": 5},
+        {"out": "a\0b"},
+        {"tokenizer": 5},
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_before_anything_is_sent(tmp_path, settings):
+    with serving(giving(answer(NUMBERS))) as (url, asked), pytest.raises(InputError) as error:
+        wb.capture(url, "hello", **({"out": tmp_path / "c.json"} | settings))
+    assert not asked and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [1, "1", [[1]], [1, "a"], [1.0], [None], []])
+def test_layers_that_are_no_list_of_numbers_are_refused(tmp_path, layers):
+    with pytest.raises(InputError, match="the layers that choose are"):
+        wb.Trace.from_capture(written(tmp_path, answer(NUMBERS)), CONFIG, layers=layers)
+    with pytest.raises(InputError, match="must be a path"):
+        wb.Trace.from_capture(None, CONFIG)
+
+
+def test_a_captured_transcript_keeps_its_roles_and_split_characters_their_shape(tmp_path):
+    model = wb.load("tiny-v4")
+    chat = Transcript((("system", "Be short."), ("user", "\U0001f511 key?"), ("assistant calls find", "{}")))
+    ids = model.tokenizer.encode(chat.text).ids
+    numbers = np.full((len(ids), 2, 5), -1, np.int32)
+    with serving(giving(answer(numbers))) as (url, asked):
+        file = wb.capture(url, chat, tokenizer=model.tokenizer, out=tmp_path / "c.json")
+    assert asked[0][1]["input_ids"] == ids
+    for trace in (
+        wb.Trace.from_capture(file, CONFIG),
+        wb.Trace.from_capture(written(tmp_path, answer(numbers)), CONFIG, prompt=chat, tokenizer=model.tokenizer),
+    ):
+        assert [role for role, *_ in trace.notes["roles"]][:3] == ["system", "user", "assistant calls find"]
+        page = text_view(trace, 1, "max", len(ids) - 1)
+        assert all(role in page for role in (">system<", ">user<", ">assistant calls find<")) and "\U0001f511" in page
 
 
 def test_import_reads_a_capture(capsys, tmp_path):

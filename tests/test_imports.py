@@ -25,6 +25,7 @@ ALLOWED = {
     "intervals": {"numpy"},
     "scoring": {"numpy"},
     "trace": {"numpy"},
+    "trace_check": {"numpy"},
     "decoded": set(),
     "captures": {"numpy", "tokenizers"},
     "ask_server": set(),

@@ -135,6 +135,10 @@ def test_a_reusing_layer_is_edited_alone_and_a_choosing_one_hands_its_edit_on():
         (Edit(CSA, QUERY, force=(7,)), None, "cannot be forced in"),
         (Edit(CSA, QUERY, force=(-1,)), None, "cannot be forced in"),
         (Edit(CSA, QUERY, force=(1, 1)), None, "named once"),
+        (Edit(CSA, QUERY, drop=None), None, "a tuple of entries"),
+        (Edit(CSA, QUERY, drop=("a",)), None, "cannot be dropped"),
+        (Edit(CSA, 1.5), None, "query must be a whole number"),
+        (Edit(CSA, QUERY), "a", "read_at must be a whole number"),
     ],
 )
 def test_what_cannot_be_edited_is_refused_in_one_line(edit, read_at, words):

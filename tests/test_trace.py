@@ -339,6 +339,65 @@ def test_rows_for_another_number_of_tokens_are_refused(folder, name):
     assert "rows for 61 tokens" in refused(resave(folder, arrays))
 
 
+def changed(array: np.ndarray, how: str) -> np.ndarray:
+    if how == "not finite":
+        array = array.copy()
+        array.flat[-1] = np.nan
+        return array
+    return {"short": array[:-1], "deeper": array[..., None], "text": array.astype("U8"), "complex": array.astype(complex)}[how]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, how) for name in ("step_starts", "cache_reserved", "cache.window") for how in ("short", "deeper", "text")),
+        *((name, "complex") for name in ("token_ids", "top_probs", "next_ids", "layer.1.index_queries", "engram.0.rows")),
+        ("layer.1.selected_probs", "not finite"),
+        ("layer.2.entry_probs", "not finite"),
+        ("layer.1.selected_scores", "deeper"),
+        ("layer.1.index_keys", "short"),
+    ],
+)
+def test_arrays_that_no_figure_could_draw_are_refused(folder, name, how):
+    arrays = arrays_of(folder)
+    arrays[name] = changed(arrays[name], how)
+    assert "damaged" not in refused(resave(folder, arrays))
+
+
+def test_entries_that_are_not_there_and_steps_out_of_order_are_refused(folder):
+    arrays = arrays_of(folder)
+    beyond = arrays["layer.1.selected"].copy()
+    beyond[60, 0] = 15  # entries 0..14
+    assert "beyond its 15" in refused(resave(folder, arrays | {"layer.1.selected": beyond}))
+    assert "one after the other" in refused(resave(folder, arrays | {"step_starts": arrays["step_starts"][::-1].copy()}))
+    manifest = manifest_of(resave(folder, arrays))
+    manifest["layers"][1]["layer"] = 0
+    assert "each layer once" in refused(rewrite(folder, manifest))
+    assert "model of a trace is text" in refused(resave(folder, arrays, model=["x"]))
+
+
+def test_half_a_character_in_a_text_is_kept_and_what_json_cannot_hold_leaves_the_earlier_trace(trace, tmp_path):
+    odd = dataclasses.replace(trace, token_texts=("\ud83d", "\x00", *trace.token_texts[2:]))
+    folder = odd.save(tmp_path / "odd")
+    assert Trace.load(folder).token_texts == odd.token_texts
+    with pytest.raises(InputError, match="plain values in notes"):
+        dataclasses.replace(trace, notes={"a": {1, 2}}).save(folder)
+    assert Trace.load(folder).token_texts == odd.token_texts
+
+
+@pytest.mark.parametrize("texts", [("a",) * 60, (None,) * 62, ("a",) * 60 + (b"b",)])
+def test_a_trace_has_a_text_for_each_token(trace, texts):
+    with pytest.raises(InputError, match="a text for each"):
+        dataclasses.replace(trace, token_texts=texts)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"x", "a\0b"])
+def test_what_is_no_path_is_refused(trace, path):
+    for act in (Trace.load, trace.save):
+        with pytest.raises(InputError, match="must be a path"):
+            act(path)
+
+
 def test_spans_that_run_backwards_are_refused(folder):
     arrays = arrays_of(folder)
     arrays["span.times"] = arrays["span.times"][:, ::-1].copy()

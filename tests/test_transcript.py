@@ -15,7 +15,7 @@ from tests.synthetic import synthetic_trace
 from workbench import cli
 from workbench.errors import InputError
 from workbench.figures.text import text_view
-from workbench.transcript import Transcript, parse_transcript, read_prompt
+from workbench.transcript import Transcript, parse_transcript, read_prompt, read_transcript
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": '{"key": "box"}'}}
 CHAT: list[dict[str, Any]] = [
@@ -185,3 +185,11 @@ def test_paths_are_prompts_too(tmp_path: Path):
     run = wb.run(wb.load("tiny-v4"), tmp_path / "p.txt", max_new_tokens=0)
     run.wait()
     assert "".join(run.trace.token_texts) == "The code of apple is" and "roles" not in run.trace.notes
+
+
+def test_a_number_too_long_for_python_is_told_as_such_and_what_is_no_path_is_refused(tmp_path):
+    with pytest.raises(InputError, match="line 1: no JSON .*limit"):
+        parse_transcript('{"role": "user", "content": ' + "9" * 6000 + "}")
+    for read in (read_prompt, read_transcript):
+        with pytest.raises(InputError, match="must be a path"):
+            read(None)

@@ -7,6 +7,7 @@ Letters: B batch, T new tokens, H heads, W window, K kept entries, S entries, N 
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import threading
@@ -52,6 +53,8 @@ class Attachment:
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.modules = _attention_modules(model)
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            raise InputError(f"a tokenizer has decode(ids), such as transformers.AutoTokenizer's; got {tokenizer!r:.60}")
         used = str(getattr(model.config, "_attn_implementation", None) or "eager")
         if used != "eager":
             raise InputError(
@@ -69,11 +72,15 @@ class Attachment:
         self.length, self.prompt_length, self.calls = 0, 0, 0
         self.guesses: list[tuple[np.ndarray, np.ndarray]] = []
         self._new: np.ndarray | None = None  # the tokens of a call under way
+        self._last_key: Tensor | None = None  # what the cache held last for the first row, None where it does not say
 
     def __enter__(self) -> Attachment:
         if self._hooks:
             raise InputError("already attached; leave the first block before entering another")
+        if any(m.training and float(getattr(m, "attention_dropout", 0.0) or 0.0) > 0 for m in self.modules):
+            raise InputError("the model is in training mode and drops attention at random; call model.eval() and attach again")
         self._thread = threading.get_ident()
+        self._names = tuple(inspect.signature(self.model.forward).parameters)
         try:
             self._hook(self.model.register_forward_pre_hook, self._on_call)
             self._hook(self.model.register_forward_hook, self._on_answer)
@@ -99,7 +106,8 @@ class Attachment:
         self._hooks.append(register(only_mine, with_kwargs=True))
 
     def _on_call(self, _module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids: Any = named.get("input_ids", args[0] if args else None)
+        named = dict(zip(self._names, args, strict=False)) | named
+        ids: Any = named.get("input_ids")
         embeds: Any = named.get("inputs_embeds")
         if ids is None and embeds is None:
             return  # the model's own error is the clearer one
@@ -113,6 +121,11 @@ class Attachment:
             raise WorkbenchError(
                 f"the cache holds {cached} tokens and {self.length} were recorded; attach before the prompt is read, "
                 "and begin again after a call that failed"
+            )
+        elif self._last_key is not None and not _same(self._last_key, _newest_key(past)):
+            raise WorkbenchError(
+                "the first row's past is no longer what was recorded: a beam search exchanges rows; generate without beams "
+                "(num_beams=1) while attached"
             )
         self._new = ids[0].cpu().numpy() if ids is not None else np.full(embeds.shape[1], -1)
 
@@ -133,6 +146,7 @@ class Attachment:
         self.length += tokens
         if tokens > 1 or self.calls == 1:
             self.prompt_length = self.length
+        self._last_key = _newest_key(getattr(output, "past_key_values", None))
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
             probs, best = torch.softmax(logits[0, -1].float(), -1).topk(min(GUESSES, logits.shape[-1]))
@@ -175,6 +189,17 @@ class Attachment:
 
     def _text(self, token: int) -> str:
         return f"[{token}]" if self.tokenizer is None or token < 0 else str(self.tokenizer.decode([token]))
+
+
+def _newest_key(past: Any) -> Tensor | None:
+    """A copy of the first row's newest key in the last layer of a cache, which the whole text so far went into."""
+    layers = getattr(past, "layers", None)
+    keys = getattr(layers[-1], "keys", None) if layers else None
+    return keys[0, :, -1].detach().clone().cpu() if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[2] else None
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is None or one.shape != other.shape or torch.equal(one, other)
 
 
 def _attention_modules(model: Any) -> list[Any]:

@@ -29,9 +29,12 @@ import numpy as np
 from numpy.lib import format as npy
 
 from workbench.config import HybridConfig, LatentConfig, ModelConfig
-from workbench.errors import InputError
+from workbench.decoded import NOTE as CHARACTERS
+from workbench.decoded import SpelledCharacters
+from workbench.errors import InputError, given_path
 from workbench.presets import Preset, presets
 from workbench.trace import LayerTrace, Timeline, Trace
+from workbench.transcript import Transcript
 
 FORMAT, VERSION = "workbench-capture", 1
 WHAT = "selections only, captured from a server"
@@ -47,27 +50,44 @@ _PAYLOAD = re.compile(rb'(?<!\\)"indexer_topk"\s*:\s*"')  # a quote inside a JSO
 _OURS = re.compile(rb'^\s*\{\s*"format"\s*:\s*"workbench-capture"')
 
 
-def known_tokens(prompt: str | Sequence[int], tokenizer: Any) -> dict[str, Any]:
-    """What is known of the prompt before the server sees it: ``prompt`` (text), ``token_ids``, ``token_texts``."""
+def known_tokens(prompt: str | Sequence[int] | Transcript, tokenizer: Any) -> dict[str, Any]:
+    """What is known of the prompt before the server sees it: ``prompt`` (text), ``token_ids``, ``token_texts``, and of a
+    transcript ``roles``, as a trace notes them."""
     known: dict[str, Any] = {}
     encoder = None if tokenizer is None else read_tokenizer(tokenizer)
-    if isinstance(prompt, str):
-        if not prompt:
+    text = prompt.text if isinstance(prompt, Transcript) else prompt
+    if isinstance(text, str):
+        if not text:
             raise InputError("the prompt is empty; type some text")
-        known["prompt"] = prompt
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise InputError("the prompt holds half a character that is no Unicode text; type it again")
+        known["prompt"] = text
         if encoder is not None:
             encoder.encode_special_tokens = True  # a typed "<|bos|>" is text like any other
-            known["token_ids"] = encoder.encode(prompt).ids
+            encoded = encoder.encode(text)
+            known["token_ids"] = encoded.ids
+            if isinstance(prompt, Transcript):
+                known["roles"] = prompt.token_roles(encoded.offsets)
     else:
         try:
-            known["token_ids"] = [operator.index(i) for i in prompt]
+            known["token_ids"] = [operator.index(i) for i in text]
         except TypeError:
-            raise InputError(f"a prompt must be text or whole numbers, got {prompt!r:.60}") from None
-        if not known["token_ids"] or min(known["token_ids"]) < 0:
-            raise InputError("a prompt of token ids needs at least one, and none below 0")
+            known["token_ids"] = None
+        if known["token_ids"] is None or isinstance(text, bytes):
+            raise InputError(f"a prompt must be text or whole numbers, got {prompt!r:.60}")
+        if not known["token_ids"] or not 0 <= min(known["token_ids"]) <= max(known["token_ids"]) < 2**31:
+            raise InputError("a prompt of token ids needs at least one, and none below 0 or beyond 31 bits")
     if encoder is not None:
         known["token_texts"] = texts_of(encoder, known["token_ids"])
+        known[CHARACTERS] = _spelled(encoder, known["token_ids"], known["token_texts"])
     return known
+
+
+def _spelled(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> list[list[Any]]:
+    """Characters that several tokens spell together, as a trace notes them."""
+    spelled = SpelledCharacters(lambda some: str(tokenizer.decode_batch([some], skip_special_tokens=False)[0]))
+    spelled.update(ids, texts)
+    return spelled.found
 
 
 def read_tokenizer(source: Any) -> Any:
@@ -76,7 +96,7 @@ def read_tokenizer(source: Any) -> Any:
         return source
     from tokenizers import Tokenizer
 
-    path = Path(source)
+    path = given_path("tokenizer", source)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"no tokenizer at {path}; give the model's tokenizer.json or the folder it is in")
@@ -270,11 +290,11 @@ def trace_of(
     preset: str | Preset | ModelConfig | None = None,
     *,
     layers: Sequence[int] | None = None,
-    prompt: str | Sequence[int] | None = None,
+    prompt: str | Sequence[int] | Transcript | None = None,
     tokenizer: Any = None,
 ) -> Trace:
     """What `Trace.from_capture` returns; arguments as there."""
-    file = Path(file)
+    file = given_path("a capture", file)
     if not file.is_file():
         raise InputError(f"no capture at {file}; make one with wb.capture(url, prompt), or give a server's answer as a file")
     with closing(CaptureFile(file, file.name)) as found:
@@ -287,7 +307,7 @@ def trace_of(
         layout = found.layout(config, name)
         wanted = _wanted(layout, layers)
         selections = _selections(found, layout, wanted, file)
-        ids, texts, prompt_length = _tokens(found, layout, prompt, tokenizer)
+        ids, texts, prompt_length, notes = _tokens(found, layout, prompt, tokenizer)
         server = str(found.top.get("server") or file.name)
         title = presets[chosen].title if isinstance(chosen, str) else getattr(chosen, "title", config.model_type)
         model = str(found.answer.get("model") or title)
@@ -303,14 +323,17 @@ def trace_of(
         layers=tuple(LayerTrace(n, layout.kind, layout.ratio, no_window, no_sink, selected=selections[n]) for n in wanted),
         timeline=Timeline("recorded", (), server),
         origin="recorded",
-        notes={"capture": file.name},
+        notes={"capture": file.name} | notes,
     )
 
 
 def _wanted(layout: Layout, layers: Sequence[int] | None) -> tuple[int, ...]:
-    wanted = layout.layers if layers is None else tuple(sorted(set(layers)))
+    try:
+        wanted = layout.layers if layers is None else tuple(sorted({operator.index(n) for n in layers}))
+    except TypeError:  # no list, or not of whole numbers
+        wanted = ()
     if not wanted or not set(wanted) <= set(layout.layers):
-        raise InputError(f"the layers that choose are {layout.layers}, got layers={layers!r:.60}")
+        raise InputError(f"the layers that choose are {layout.layers}, got layers={layers!r:.60}; give a list of some of them")
     return wanted
 
 
@@ -384,9 +407,9 @@ def _fill(found: CaptureFile, layout: Layout, arrays: Mapping[int, np.ndarray]) 
 
 
 def _tokens(
-    found: CaptureFile, layout: Layout, prompt: str | Sequence[int] | None, tokenizer: Any
-) -> tuple[np.ndarray, list[str], int]:
-    """Ids (-1 where unknown), texts, and how many belong to the prompt."""
+    found: CaptureFile, layout: Layout, prompt: str | Sequence[int] | Transcript | None, tokenizer: Any
+) -> tuple[np.ndarray, list[str], int, dict[str, Any]]:
+    """Ids (-1 where unknown), texts, how many belong to the prompt, and what the trace notes of its roles and characters."""
     known = found.top if prompt is None else known_tokens(prompt, tokenizer)
     ids, texts, new = known.get("token_ids") or [], known.get("token_texts") or [], found.answer.get("output_ids") or []
     count = found.meta.get("prompt_tokens")
@@ -401,11 +424,14 @@ def _tokens(
     every = np.full(layout.tokens, -1, np.int32)
     line = (ids or [-1] * length) + new
     every[: len(line)] = line[: layout.tokens]
+    notes = {name: known[name] for name in ("roles", CHARACTERS) if known.get(name)}
     if tokenizer is not None and (not texts or new):
-        texts = texts_of(read_tokenizer(tokenizer), every.tolist()) if (every >= 0).any() else []
+        encoder = read_tokenizer(tokenizer)
+        texts = texts_of(encoder, every.tolist()) if (every >= 0).any() else []
+        notes |= {CHARACTERS: found_there} if (found_there := _spelled(encoder, every.tolist(), texts)) else {}
     shown = [str(text) for text in texts[: layout.tokens]]
     shown += [f"[{i}]" if i >= 0 else f"[token {len(shown) + j}]" for j, i in enumerate(every[len(shown) :].tolist())]
-    return every, shown, length
+    return every, shown, length, notes
 
 
 def summary_lines(trace: Trace) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.errors import InputError
+from workbench.errors import InputError, whole_number
 from workbench.live import encode
 from workbench.model.attention.hybrid import Attention
 from workbench.model.indexer import IndexQueries, Selection, score_chunk
@@ -172,7 +172,7 @@ class Forks:
     def _check(self, layer: int, query: int, read_at: int) -> None:
         if layer not in self.layers:
             raise InputError(f"layers {self.layers} choose entries, layer {layer} does not; take one of them")
-        if not 0 <= query <= read_at < len(self.ids):
+        if not 0 <= whole_number("query", query) <= whole_number("read_at", read_at) < len(self.ids):
             raise InputError(f"expected 0 <= query <= read_at < {len(self.ids)} (the text's tokens), got {query} and {read_at}")
 
     def _check_entries(self, edit: Edit) -> None:
@@ -180,7 +180,9 @@ class Forks:
         visible = self.choice(edit.layer, edit.query).visible
         where = f"layer {edit.layer} at query {edit.query}"
         for name, entries in (("drop", edit.drop), ("force", edit.force)):
-            if len(set(entries)) < len(entries):
+            if not isinstance(entries, list | tuple):
+                raise InputError(f"{name} is a tuple of entries, got {entries!r:.60}")
+            if len(set(map(repr, entries))) < len(entries):
                 raise InputError(f"each entry can be named once, got {name}={entries}")
         if strange := [e for e in edit.drop if e not in kept]:
             raise InputError(f"{where} keeps entries {sorted(kept)}, so {strange} cannot be dropped; drop one of those")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.lib import format as npy
 
-from workbench.errors import InputError
+from workbench.errors import InputError, given_path
 from workbench.intervals import length, union
 from workbench.scoring import index_scores
 
@@ -309,6 +309,12 @@ class Trace:
     origin: Origin = "measured"
     notes: dict[str, Any] = field(default_factory=dict)  # plain values, e.g. where the needle was hidden
 
+    def __post_init__(self) -> None:
+        if len(self.token_texts) < self.length or not set(map(type, self.token_texts)) <= {str}:
+            strange = [text for text in self.token_texts if type(text) is not str]
+            held = f"{strange[0]!r:.40} among them" if strange else f"{len(self.token_texts)} texts"
+            raise InputError(f"a trace of {self.length} tokens has a text for each, got {held}; give strings, one a token")
+
     @property
     def length(self) -> int:
         """Tokens the model has processed; ``token_texts`` may hold one more, chosen and not yet fed back."""
@@ -327,10 +333,11 @@ class Trace:
         return int(np.searchsorted(self.step_starts, t, side="right")) - 1
 
     def layer(self, number: int) -> LayerTrace:
-        for layer in self.layers:
-            if layer.layer == number:
-                return layer
-        raise InputError(f"trace has layers {[layer.layer for layer in self.layers]}, got {number}")
+        if isinstance(number, int | np.integer):
+            for layer in self.layers:
+                if layer.layer == number:
+                    return layer
+        raise InputError(f"trace has layers {[layer.layer for layer in self.layers]}, got {number!r:.60}")
 
     def chooser(self, number: int) -> LayerTrace | None:
         """The layer whose indexer chose the entries of layer ``number``: itself, or for V4.1's reusing layers the last one
@@ -344,7 +351,8 @@ class Trace:
 
     @property
     def label(self) -> str:
-        return f"{self.model} ({self.what}), {self.origin} on {self.device}"
+        named = f"{self.model} ({self.what}), {self.origin} on {self.device}"
+        return named.encode(errors="replace").decode()  # half a character cannot be sent to a page
 
     def save(self, folder: str | Path, *, half: bool = False) -> Path:
         """Write ``trace.json`` and ``arrays.npz`` into ``folder`` (made if missing) and return it.
@@ -352,7 +360,7 @@ class Trace:
         ``half=True`` keeps indexer queries and keys in float16, for small traces that ship; recomputed scores then agree
         to about 1e-3.
         """
-        folder = Path(folder)
+        folder = given_path("a folder", folder)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; give a folder to save the trace in")
         folder.mkdir(parents=True, exist_ok=True)
@@ -360,11 +368,15 @@ class Trace:
         if half:
             arrays = {k: v.astype(np.float16) if k.split(".")[-1].startswith("index_") else v for k, v in arrays.items()}
         manifest["arrays"] = {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()}
+        try:
+            written = json.dumps(manifest)  # ASCII: half a character in a token's text comes back as it was
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"the trace holds what JSON cannot ({error}); keep plain values in notes and config") from None
         temporary = folder / (ARRAYS_FILE + ".part")
         with temporary.open("wb") as out:
             np.savez_compressed(out, allow_pickle=False, **arrays)  # type: ignore[arg-type]
         temporary.replace(folder / ARRAYS_FILE)
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+        (folder / MANIFEST_FILE).write_text(written, encoding="utf-8")
         return folder
 
     @classmethod
@@ -422,7 +434,7 @@ def shipped_traces(prefix: str = "") -> tuple[str, ...]:
 
 def _find_folder(source: str | Path) -> Path:
     """A folder as given, or the shipped trace of that name."""
-    folder = Path(source)
+    folder = given_path("a trace", source)
     if folder.is_dir() or folder.name != str(source):
         return folder
     shipped = shipped_traces()
@@ -433,17 +445,11 @@ def _find_folder(source: str | Path) -> Path:
 
 
 _PLAIN = ("model", "what", "device", "config", "prompt_length", "storage", "notes")
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "window": (),
-    **dict.fromkeys(SELECTING, ("selected", "selected_scores", "selected_probs")),
-    **dict.fromkeys(INDEXING, ("selected", "selected_scores", "selected_probs", "index_queries", "index_weights")),
-    **dict.fromkeys(ATTENDING_TO_ALL, ("entry_probs",)),
-}
-_ARRAYS = ("token_ids", "step_starts", "cache_reserved", "top_ids", "top_probs", "next_ids")
+ARRAYS = ("token_ids", "step_starts", "cache_reserved", "top_ids", "top_probs", "next_ids")
 
 
 def _pack(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    arrays = {name: getattr(trace, name) for name in _ARRAYS}
+    arrays = {name: getattr(trace, name) for name in ARRAYS}
     arrays |= {f"cache.{part}": held for part, held in trace.cache_bytes.items()}
     groups: tuple[tuple[str, tuple[LayerTrace | EngramTrace, ...]], ...] = (("layer", trace.layers), ("engram", trace.engram))
     for group, records in groups:
@@ -494,6 +500,8 @@ def _read_arrays(path: Path, declared: dict[str, Sequence[Any]]) -> dict[str, np
 
 
 def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
+    from workbench.trace_check import check_loaded
+
     def record(kind: type, group: str, i: int, plain: dict[str, Any]) -> Any:
         names = {f.name for f in fields(kind)}
         start = f"{group}.{i}."
@@ -505,7 +513,7 @@ def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
         Span(lane, name, step, float(start), float(end), origin, tuple(after))
         for (lane, name, step, origin, after), (start, end) in zip(manifest["spans"], times, strict=True)
     )
-    plain: dict[str, Any] = {name: manifest[name] for name in _PLAIN} | {name: arrays[name] for name in _ARRAYS}
+    plain: dict[str, Any] = {name: manifest[name] for name in _PLAIN} | {name: arrays[name] for name in ARRAYS}
     trace = Trace(
         **plain,
         token_texts=tuple(manifest["token_texts"]),
@@ -515,25 +523,5 @@ def _unpack(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
         cache_bytes={name[6:]: a for name, a in arrays.items() if name.startswith("cache.")},
         origin=stored_origin(manifest["origin"]),
     )
-    _check(trace)
+    check_loaded(trace)
     return trace
-
-
-def _check(trace: Trace) -> None:
-    """The shapes that figures rely on, so that a foreign file fails here and not inside a picture."""
-    length = trace.length
-    if not 0 <= trace.prompt_length <= length or len(trace.token_texts) < length:
-        raise InputError(
-            f"a trace of {length} tokens has {len(trace.token_texts)} texts and prompt_length {trace.prompt_length}"
-        )
-    for layer in trace.layers:
-        needed = ("selected",) if layer.selection_only and not layer.heads else _NEEDED[layer.kind]
-        missing = [name for name in needed if getattr(layer, name) is None]
-        if missing or (layer.ratio < 1) != (layer.kind == "window"):
-            raise InputError(f"layer {layer.layer} ({layer.kind}, ratio {layer.ratio}) lacks {missing or 'a ratio'}")
-    records: tuple[LayerTrace | EngramTrace, ...] = (*trace.layers, *trace.engram)
-    for record in records:
-        for name in (f.name for f in fields(record)):
-            value = getattr(record, name)
-            if isinstance(value, np.ndarray) and name != "index_keys" and value.shape[0] != length:
-                raise InputError(f"layer {record.layer}: {name} has {value.shape[0]} rows for {length} tokens")

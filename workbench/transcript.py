@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import InputError
+from workbench.errors import InputError, given_path
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -63,7 +63,7 @@ class Transcript:
 
 def read_prompt(path: str | Path) -> str | Transcript:
     """The text of a UTF-8 file, or the Transcript of one whose name ends in .jsonl. InputError says what is wrong with it."""
-    path = Path(path)
+    path = given_path("a prompt file", path)
     if not path.is_file():
         raise InputError(f"prompt file {str(path)!r} does not exist; give the path of a text or .jsonl file")
     if path.suffix.lower() == ".jsonl":
@@ -73,7 +73,7 @@ def read_prompt(path: str | Path) -> str | Transcript:
 
 def read_transcript(path: str | Path) -> Transcript:
     """The transcript in a JSON-lines file. What is wrong with its lines is told line by line, in one InputError."""
-    path = Path(path)
+    path = given_path("a transcript", path)
     if not path.is_file():
         raise InputError(f"transcript {str(path)!r} does not exist; give the path of a .jsonl file")
     return parse_transcript(_text_of(path), path.name)
@@ -111,7 +111,8 @@ def _parts_of_line(line: str) -> list[tuple[str, str]]:
     try:
         told = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"no JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
+        why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+        raise InputError(f"no JSON ({why})") from None
     messages = told.get("messages") if isinstance(told, dict) and "role" not in told else [told]
     if not isinstance(messages, list):
         raise InputError('a message is an object with "role" and "content"')

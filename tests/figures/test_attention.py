@@ -272,12 +272,50 @@ def test_the_strongest_pair_of_a_pooled_cell_is_found():
         {"layer": CSA, "step": 99},
         {"layer": CSA, "step": 0, "rows": (80, 90)},
         {"layer": CSA, "max_pixels": 0},
+        {"layer": np.array([1, 2])},
+        {"layer": "1"},
+        {"layer": CSA, "head": True},
+        {"layer": CSA, "head": 1.0},
+        {"layer": CSA, "head": np.array([0, 1])},
+        {"layer": CSA, "rows": (0.5, 5.5)},
+        {"layer": CSA, "rows": (float("nan"), 5)},
+        {"layer": CSA, "rows": (3,)},
+        {"layer": CSA, "rows": (1, 2, 3)},
+        {"layer": CSA, "rows": 3},
+        {"layer": CSA, "rows": ("0", "5")},
+        {"layer": CSA, "columns": (None, 5)},
+        {"layer": CSA, "step": 1.5},
+        {"layer": CSA, "step": "0"},
+        {"layer": CSA, "max_pixels": 10.5},
+        {"layer": CSA, "max_pixels": 10**9},
+        {"layer": CSA, "max_pixels": None},
+        {"layer": CSA, "pool": None},
     ],
 )
 def test_what_the_trace_does_not_have_is_refused_in_one_line(arguments):
     with pytest.raises(InputError) as error:
         attention_tile(TRACE, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_trace_is_refused_and_numbers_of_numpy_are_numbers():
+    with pytest.raises(InputError, match=r"expected a Trace .of a live run: run.trace., got None"):
+        attention_tile(None, CSA)
+    tile = attention_tile(TRACE, np.int64(CSA), np.int64(1), (np.int32(3), np.int64(9)))
+    assert np.array_equal(tile.values, attention_tile(TRACE, CSA, 1, (3, 9)).values) and type(tile.row_range[0]) is int
+    for wrong in (1.5, "a", None, float("nan"), 10**6):
+        with pytest.raises(InputError):
+            tile.column_label(wrong)
+
+
+def test_a_noisy_picture_of_very_many_pixels_gets_larger_cells_instead_of_more_bytes():
+    rng = np.random.default_rng(0)
+    probs = rng.random((2048, 1, 2048)).astype(np.float16)
+    layer = LayerTrace(0, "window", 0, probs, np.zeros((2048, 1), np.float16))
+    trace = replace(TRACE, layers=(layer,), token_ids=np.zeros(2048, np.int32), token_texts=("x",) * 2048)
+    tile = attention_tile(trace, 0, rows=(0, 2048), max_pixels=2048)
+    assert len(tile.png) <= 180_000 and max(tile.pooling) > 1
+    assert max(Image.open(io.BytesIO(tile.png)).size) <= 2048
 
 
 def test_an_empty_trace_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,36 @@ def test_a_cell_is_the_share_of_its_pairs_that_was_selected(trace, number, compo
         assert tile.values[i, j] == pytest.approx(kept[rows, columns].sum() / pairs if pairs else 0.0)
         assert tile.visible[i, j] or not pairs
     Image.open(io.BytesIO(tile.png)).verify()
+
+
+@every_case
+def test_a_part_of_the_map_counts_the_pairs_in_it_alone(trace, number):
+    kept, seen = full(trace.layer(number), True)
+    for rows, columns, pixels in (((40, 61), (5, 43), 10), ((50, 51), (18, 21), 2), ((3, 60), (0, 61), 9)):
+        tile = composite_tile(trace, number, rows=rows, columns=columns, max_pixels=pixels)
+        (a, b), share = tile.pooling, np.zeros(tile.values.shape)
+        for i, j in np.ndindex(share.shape):
+            cell = (
+                slice(rows[0] + i * a, min(rows[0] + (i + 1) * a, rows[1])),
+                slice(columns[0] + j * b, min(columns[0] + (j + 1) * b, columns[1])),
+            )
+            share[i, j] = kept[cell].sum() / max(1, seen[cell].sum())
+        assert tile.values == pytest.approx(share)
+
+
+def test_a_part_of_a_long_map_needs_memory_for_what_is_kept_not_for_every_entry():
+    length, few = 65_536, 64
+    selected = np.full((length, few), -1, np.int32)
+    selected[-2000:] = np.arange(few) * 1000
+    nothing = np.zeros((length, 0, 0), np.float16), np.zeros((length, 0), np.float16)
+    layer = LayerTrace(0, "mla-dsa", 1, *nothing, selected=selected)
+    trace = replace(V32, layers=(layer,), token_ids=np.zeros(length, np.int32), token_texts=("x",) * length)
+    tracemalloc.start()
+    tile = attention_tile(trace, 0, rows=(length - 2000, length))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 150e6  # every entry of 799 rows of cells at once: 420 MB
+    assert np.count_nonzero(tile.values[0]) == few
 
 
 @every_case

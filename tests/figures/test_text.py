@@ -14,6 +14,7 @@ from workbench.errors import InputError
 from workbench.figures import style
 from workbench.figures.query import describe
 from workbench.figures.text import painted_mass, text_view
+from workbench.widgets.attention import AttentionExplorer
 
 TRACE = synthetic_trace(97, seed=6, needle=21)
 VIEW_BYTES = 250_000
@@ -131,6 +132,18 @@ def test_tokens_that_spell_a_character_together_are_shown_as_one():
     shown = Tokens(page).found
     assert list(shown) == list(range(2, 97)) and shown[2]["text"] == "🔑" and shown[3]["text"] == "\ufffd"
     assert "q" in shown[2]["class"].split() and "tokens 0–2" in shown[2]["title"]
+
+
+def test_halves_of_characters_and_controls_make_a_page_that_can_be_sent():
+    odd = ("\ud83d", "\udfff x", "\x00", "\x1b[31m", "\u2066", "<b>\ud800")
+    trace = replace(TRACE, token_texts=tuple(odd[i % len(odd)] for i in range(98)), model="\ud800")
+    for layer in range(4):
+        page = text_view(trace, layer, "max", 90)
+        assert page.encode() and "<b>\ufffd" not in page and "\x00" not in page and "\x1b" not in page
+    explorer = AttentionExplorer(trace)
+    explorer.look(1, "max", 90)
+    for shown in (explorer.text_panel.text.html, explorer.title.value, explorer.facts.value, str(explorer.strip.outputs)):
+        shown.encode()
 
 
 def test_a_token_the_trace_does_not_have_is_refused():

@@ -356,6 +356,37 @@ def test_a_line_of_python_brings_a_view_back():
     assert explorer.line.value == line
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"token": 1.5},
+        {"token": None},
+        {"token": "a"},
+        {"rows": (0.5, 5)},
+        {"rows": (float("nan"), 5)},
+        {"rows": (None, 3)},
+        {"rows": 5},
+        {"rows": (1,)},
+        {"columns": "ab"},
+        {"layer": "1"},
+        {"head": None},
+    ],
+)
+def test_a_view_of_no_numbers_is_refused_and_nothing_moves(asked):
+    explorer = AttentionExplorer(synthetic_trace(97))
+    explorer.look(layer=1, token=7, rows=(2, 9))
+    line = explorer.line.value
+    with pytest.raises(InputError):
+        explorer.look(**({"layer": 2} | asked))
+    assert explorer.line.value == line
+
+
+def test_a_view_asked_for_with_numbers_of_numpy_has_a_plain_line():
+    explorer = AttentionExplorer(synthetic_trace(97))
+    explorer.look(np.int64(1), np.int64(2), np.int64(50), rows=(np.int64(1), np.int32(9)))
+    assert explorer.line.value == "explorer.look(layer=1, head=2, token=50, view='both', rows=(1, 9), columns=(0, 121))"
+
+
 def test_a_closed_explorer_leaves_nothing_that_could_not_be_saved():
     AttentionExplorer(TRACE).close()
     assert ipw.Widget.get_manager_state(widgets=None)["state"]

@@ -124,6 +124,13 @@ def test_pictures_are_saved_by_their_ending(tmp_path):
     assert "Content-Security-Policy" in html and "wb-map" in html
     assert wb.save_picture(explorer.map, tmp_path / "d.png").read_bytes() == explorer.map.png
     assert Image.open(io.BytesIO(explorer.map.png)).size[0] > 0
+    tile = wb.attention_tile(synthetic_trace(length=40), 1)
+    assert wb.save_picture(tile, tmp_path / "e.png").read_bytes() == tile.png
+    for wrong in (None, 5, "a\0.png"):
+        with pytest.raises(InputError, match="must be a path"):
+            wb.save_picture(CHART, wrong)
+    with pytest.raises(InputError, match="a tile as .png; got Tile as .html"):
+        wb.save_picture(tile, tmp_path / "f.html")
 
 
 @pytest.mark.parametrize(

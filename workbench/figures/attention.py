@@ -11,6 +11,7 @@ One letter sizes: L tokens, S compressed entries, W window, H heads, K kept entr
 from __future__ import annotations
 
 import io
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,7 +19,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from workbench.errors import InputError
+from workbench.errors import InputError, whole_number
 from workbench.figures import style
 from workbench.figures.pooling import (
     Head,
@@ -35,6 +36,7 @@ from workbench.trace import LayerTrace, Trace
 TILE_BYTES = 180_000  # a notebook keeps pictures as base64, a third larger, and a view has 250 KB
 THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 5_000, 56
 MAX_CELL_PIXELS = 32
+MOST_PIXELS = 4096  # a side that may be asked for; the cells of larger ones would fill the memory
 Pool = Literal["max", "mean"]
 Levels = tuple[np.ndarray, bytes, bytes]
 SELECTED = "selected (no probabilities in a capture)"
@@ -78,6 +80,7 @@ class Tile:
 
     def column_label(self, i: int) -> tuple[int, ...]:
         """The tokens that column ``i`` was made from, counted as in ``column_range``: one token, or all of an entry's."""
+        i = whole_number("a column", i)
         if not self.column_range[0] <= i < self.column_range[1]:
             raise InputError(f"this tile has columns {self.column_range[0]}..{self.column_range[1] - 1}, got {i}")
         return column_tokens(self.layer, i)
@@ -85,7 +88,7 @@ class Tile:
     def cell(self, row: int, column: int) -> tuple[int, int]:
         """The cell, as an index into ``values``, that holds query ``row`` and ``column``."""
         for name, at, (start, stop) in (("row", row, self.row_range), ("column", column, self.column_range)):
-            if not start <= at < stop:
+            if not start <= whole_number(f"a {name}", at) < stop:
                 raise InputError(f"this tile has {name}s {start}..{stop - 1}, got {at}")
         return (row - self.row_range[0]) // self.pooling[0], (column - self.column_range[0]) // self.pooling[1]
 
@@ -108,7 +111,7 @@ class Tile:
 def column_tokens(layer: LayerTrace, column: int) -> tuple[int, ...]:
     """Source tokens of a column: the token itself, or those a compressed entry was made from."""
     tokens = window_columns(layer)
-    if not 0 <= column < column_count(layer):
+    if not 0 <= whole_number("a column", column) < column_count(layer):
         raise InputError(f"layer {layer.layer} has {tokens} window and {layer.entries} entry columns, got column {column}")
     if column < tokens:
         return (column,)
@@ -173,7 +176,7 @@ def attention_tile(
     a value covers the entries it is the maximum of, and there is no mean. Raises InputError for a layer, head, step, range or
     pooling the trace does not have.
     """
-    record = trace.layer(layer)
+    record = layer_of(trace, layer)
     return _tile(trace, record, head, rows, columns, column_count(record), max_pixels, step, TILE_BYTES, False, pool)
 
 
@@ -192,7 +195,7 @@ def composite_tile(
     (CSA) the larger one shows; so a row of this picture does not sum to one. Of a layer of which only the selection is known
     an entry is drawn over its own block of tokens alone.
     """
-    record = trace.layer(layer)
+    record = layer_of(trace, layer)
     return _tile(trace, record, head, rows, columns, record.length, max_pixels, step, TILE_BYTES, True)
 
 
@@ -228,12 +231,13 @@ def _tile(
     check_head(record, head)
     if pool not in ("max", "mean"):
         raise InputError(f"pool is 'max' or 'mean', got {pool!r:.40}")
-    if max_pixels < 1:
-        raise InputError(f"max_pixels must be at least 1, got {max_pixels}")
+    if not 1 <= whole_number("max_pixels", max_pixels) <= MOST_PIXELS:
+        raise InputError(f"max_pixels must be from 1 to {MOST_PIXELS:,}, got {max_pixels}")
     rows = checked_range("rows", rows, record.length)
     if step is not None:
-        if not 0 <= step < trace.steps:
-            raise InputError(f"the trace has steps 0..{trace.steps - 1}, got {step}")
+        if not 0 <= whole_number("step", step) < trace.steps:
+            had = f"steps 0..{trace.steps - 1}" if trace.steps else "no recorded steps"
+            raise InputError(f"the trace has {had}, got step {step}")
         rows = max(rows[0], int(trace.step_starts[step])), min(rows[1], trace.step_end(step))
         if rows[0] >= rows[1]:
             raise InputError(f"step {step} processed no token in the rows asked for; leave out rows or step")
@@ -253,30 +257,47 @@ def _tile(
     height, width = values.shape
     scale = sides[0][2], sides[1][2]
     png = tile_png(values, visible, scale, budget)
+    if len(png) > budget and max(height, width) > 1:  # a noisy picture of very many pixels: larger cells instead
+        return _tile(trace, record, head, rows, columns, columns[1], max_pixels // 2, None, budget, composite, pool)
     return Tile(png, values, visible, pooling, scale, rows, columns, record, head, composite, pool)
+
+
+def layer_of(trace: Trace, layer: int) -> LayerTrace:
+    """The layer's record; InputError for a trace that has none, and for what is no trace."""
+    if not isinstance(trace, Trace):
+        raise InputError(f"expected a Trace (of a live run: run.trace), got {trace!r:.60}")
+    return trace.layer(layer)
 
 
 def check_head(record: LayerTrace, head: Head) -> None:
     """Raise InputError unless the layer has this head."""
-    if head in ("max", "mean") or (isinstance(head, int) and not isinstance(head, bool) and 0 <= head < record.heads):
+    number = isinstance(head, int | np.integer) and not isinstance(head, bool)
+    if (number and 0 <= head < record.heads) or (isinstance(head, str) and head in ("max", "mean")):  # type: ignore[operator]
         return
     if record.selection_only:
-        raise InputError(f"layer {record.layer} comes from a capture, which has one selection for all heads; got head {head!r}")
-    raise InputError(f"layer {record.layer} has heads 0..{record.heads - 1}, or 'max' or 'mean' over them, got {head!r}")
+        raise InputError(
+            f"layer {record.layer} comes from a capture, which has one selection for all heads; got head {head!r:.60}"
+        )
+    raise InputError(f"layer {record.layer} has heads 0..{record.heads - 1}, or 'max' or 'mean' over them, got {head!r:.60}")
 
 
 def checked_range(name: str, given: Range | None, size: int) -> Range:
     if size < 1:
         raise InputError("the trace has no token yet; wait for the first step")
-    start, stop = (0, size) if given is None else given
+    if given is None:
+        return 0, size
+    try:
+        start, stop = map(operator.index, given)
+    except (TypeError, ValueError):  # no pair, or not of whole numbers
+        raise InputError(f"{name} must be (start, stop), two whole numbers within 0..{size}, got {given!r:.60}") from None
     if not 0 <= start < stop <= size:
         raise InputError(f"{name} must be a non-empty (start, stop) within 0..{size}, got ({start}, {stop})")
-    return int(start), int(stop)
+    return start, stop
 
 
 def tile_png(values: np.ndarray, visible: np.ndarray, scale: tuple[int, int], budget: int) -> bytes:
     """A palette PNG within ``budget`` bytes; a noisy picture gives up shades of colour to fit."""
-    root = np.sqrt(np.clip(values, 0.0, 1.0))
+    root = np.sqrt(np.clip(np.nan_to_num(values), 0.0, 1.0))  # a model that came to nothing has no colour
 
     def drawn(shades: int) -> Levels:
         level = np.where(visible, 1 + np.ceil(root * (shades - 1)), 0)  # 0 is transparent, 1 is zero

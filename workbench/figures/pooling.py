@@ -212,28 +212,36 @@ def selected_shares(
     each = record.ratio if composite else 1  # columns that an entry is drawn over
     left = columns[0] + pooling[1] * np.arange(width)
     right = np.minimum(left + pooling[1], columns[1])
-    bins = record.entries + 1  # the first for -1
-    kept_pairs, pairs = np.zeros((height, width), np.int64), np.zeros((height, width), np.int64)
+    kept_pairs, pairs = np.zeros(height * width, np.int64), np.zeros((height, width), np.int64)
     size = every * max(1, CHUNK_VALUES // max(record.selected.shape[1], width))
     for start in range(rows[0], rows[1], size):
         t = np.arange(start, min(start + size, rows[1]), every)
         cells = (t - rows[0]) // pooling[0]
+        begun, count = int(cells[0]) * width, int(cells[-1] - cells[0] + 1) * width
+        row = (width * (cells - cells[0]))[:, None]
+        kept = record.selected[t[0] : t[-1] + 1 : every]
+        first = each * kept
+        cell = (first - columns[0]) // pooling[1]
+        inside = (kept >= 0) & (first >= columns[0]) & (first + each <= columns[1])
+        if each > 1:  # entries that an edge cuts: in turn in all the cells that they lie in
+            drawn = (kept >= 0) & (first + each > columns[0]) & (first < columns[1])
+            whole = inside & ((first + each - 1 - columns[0]) // pooling[1] == cell)
+            whose, which = np.nonzero(drawn & ~whole)
+            inside = whole
+            one, last = np.maximum(first[whose, which], columns[0]), np.minimum(first[whose, which] + each, columns[1])
+            at = begun + row[whose, 0]
+            while len(one):
+                part = (one - columns[0]) // pooling[1]
+                stop = np.minimum(columns[0] + pooling[1] * (part + 1), last)
+                np.add.at(kept_pairs, at + part, stop - one)
+                more = stop < last
+                one, last, at = stop[more], last[more], at[more]
+        flat = np.where(inside, row + cell, count)  # the last for what is not drawn
+        kept_pairs[begun : begun + count] += each * np.bincount(flat.reshape(-1), minlength=count + 1)[:count]
         edges = np.flatnonzero(np.diff(cells, prepend=-1))  # where a new row of cells begins
-        at = cells[edges]
-        first_bin = np.searchsorted(at, cells) * bins + 1
-        flat = first_bin[:, None] + record.selected[t[0] : t[-1] + 1 : every]
-        counts = np.bincount(flat.reshape(-1), minlength=len(at) * bins).reshape(len(at), bins)
-        counts[:, 0] = 0
-        sums = np.cumsum(counts, axis=1)
-        before = []  # columns before a cell's left and right edge: of whole entries, and of the one that the edge cuts
-        for edge in (left, right):
-            whole = np.minimum(edge // each, record.entries)
-            cut = np.where(whole < record.entries, edge % each, 0)
-            before.append(sums[:, whole] * each + counts[:, np.minimum(whole + 1, record.entries)] * cut)
-        kept_pairs[at] += before[1] - before[0]
         seen = np.clip(np.minimum(right, each * ((t + 1) // record.ratio)[:, None]) - left, 0, None)
-        pairs[at] += np.add.reduceat(seen, edges, axis=0)
-    return (kept_pairs / np.maximum(pairs, 1)).astype(np.float32)
+        pairs[cells[edges]] += np.add.reduceat(seen, edges, axis=0)
+    return (kept_pairs.reshape(height, width) / np.maximum(pairs, 1)).astype(np.float32)
 
 
 def _chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:

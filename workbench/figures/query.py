@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.errors import InputError
+from workbench.errors import InputError, whole_number
 from workbench.figures import style
 from workbench.figures.attention import (
     Head,
@@ -23,6 +23,7 @@ from workbench.figures.attention import (
     describe_head,
     describe_layer,
     entry_name,
+    layer_of,
     window_columns,
 )
 from workbench.figures.pooling import of_head
@@ -41,7 +42,7 @@ def describe(trace: Trace, layer: int, head: Head, row: int, column: int) -> dic
     ``index_score`` and ``rank`` (1 is best) among ``visible_entries``, ``selected``, ``runner_up`` (the best one not kept) and
     ``chosen_by``, the layer whose indexer it was; None elsewhere. Texts are not escaped.
     """
-    record = trace.layer(layer)
+    record = layer_of(trace, layer)
     check_head(record, head)
     _check_token(record, row)
     sources = column_tokens(record, column)
@@ -144,10 +145,10 @@ def top_sources(trace: Trace, layer: int, head: Head, token: int, k: int) -> lis
 
     Where only the selection is known, the first ones in the server's order.
     """
-    record = trace.layer(layer)
+    record = layer_of(trace, layer)
     check_head(record, head)
     _check_token(record, token)
-    if k < 1:
+    if whole_number("k", k) < 1:
         raise InputError(f"k must be at least 1, got {k}")
     columns, probs, _ = source_probs(record, head, token)
     best = np.argsort(-probs, kind="stable")[:k]
@@ -155,7 +156,7 @@ def top_sources(trace: Trace, layer: int, head: Head, token: int, k: int) -> lis
 
 
 def _check_token(record: LayerTrace, token: int) -> None:
-    if not 0 <= token < record.length:
+    if not 0 <= whole_number("a token", token) < record.length:
         raise InputError(f"the trace has tokens 0..{record.length - 1}, got {token}")
 
 
@@ -167,7 +168,7 @@ def query_facts(trace: Trace, layer: int, token: int, head: Head = "max") -> dic
     them the query before kept as well, None for the first; "layers", for each other layer of this kind whose entries have the
     same ratio, how many of them it kept too.
     """
-    record = trace.layer(layer)
+    record = layer_of(trace, layer)
     check_head(record, head)
     _check_token(record, token)
     one: Head = "mean" if head == "max" else head
@@ -212,7 +213,7 @@ def query_strip(trace: Trace, layer: int, token: int, head: Head = "max") -> go.
 def strip_chart(trace: Trace, layer: int, token: int, head: Head = "max") -> dict[str, Any]:
     """``query_strip`` as plain values and arrays, {"data", "layout"}: a slider draws it anew with each move, and checking every
     attribute of a figure takes many times as long as working out what it shows."""
-    record = trace.layer(layer)
+    record = layer_of(trace, layer)
     check_head(record, head)
     _check_token(record, token)
     chooser = trace.chooser(layer)

@@ -44,8 +44,9 @@ def visible_text(text: str, limit: int = 24, space: str = "·") -> str:
 
 
 def _is_control(character: str) -> bool:
-    """Characters that act instead of being seen, such as a change of writing direction; joiners inside emoji are kept."""
-    return unicodedata.category(character) in ("Cc", "Cf") and character not in "\u200c\u200d"
+    """Characters that act instead of being seen, such as a change of writing direction, and halves of one, which no page can
+    hold; joiners inside emoji are kept."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\u200c\u200d"
 
 
 def chart_text(text: str) -> str:

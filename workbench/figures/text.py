@@ -15,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 
 from workbench.decoded import Decoded, Tokens, decoded
-from workbench.errors import InputError
+from workbench.errors import InputError, whole_number
 from workbench.figures import style
-from workbench.figures.attention import Head, check_head, describe_head, describe_layer, window_columns
+from workbench.figures.attention import Head, check_head, describe_head, describe_layer, layer_of, window_columns
 from workbench.figures.query import source_probs, top_sources
 from workbench.trace import LayerTrace, Trace
 
@@ -78,9 +78,9 @@ def text_view(
     and ``show_match`` has the page scroll there, not to the query. Raises InputError for a layer, head or token the trace does
     not have.
     """
-    record = trace.layer(layer)
+    record = layer_of(trace, layer)
     check_head(record, head)
-    if not 0 <= token < record.length:
+    if not 0 <= whole_number("a token", token) < record.length:
         raise InputError(f"the trace has tokens 0..{record.length - 1}, got {token}")
     window, entries = painted_mass(record, head, token)
     text = decoded(trace)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as ipw
 import plotly.graph_objects as go
 
-from workbench.errors import InputError
+from workbench.errors import InputError, whole_number
 from workbench.figures import style
 from workbench.figures.attention import (
     Head,
@@ -36,12 +36,12 @@ from workbench.widgets.navigation import (
     TILE_PIXELS,
     Navigation,
     Place,
-    Ranges,
     first_entry,
     parse_range,
     range_text,
     side_pixels,
     view_of,
+    whole_pair,
     whole_ranges,
 )
 from workbench.widgets.render import MapPointer, Pointer, as_output
@@ -157,20 +157,20 @@ class AttentionExplorer(ipw.VBox):
         with self.session.lock:
             record = self.session.trace.layer(layer)
             check_head(record, head)
-            if view not in VIEWS.values() or not 0 <= token < record.length:
+            head = head if isinstance(head, str) else int(head)
+            if view not in VIEWS.values() or not 0 <= whole_number("token", token) < record.length:
                 raise InputError(
                     f"expected a view of {list(VIEWS.values())} and a token below {record.length}, got {view!r} and {token}"
                 )
             if cells not in CELLS.values():
                 raise InputError(f"cells show one of {list(CELLS.values())}, got {cells!r:.40}")
             whole = whole_ranges(record, view_of(record, view))
-            shown = rows or whole[0], columns or whole[1]
+            shown = whole_pair("rows", rows, whole[0]), whole_pair("columns", columns, whole[1])
             if not all(a <= x < y <= b for (x, y), (a, b) in zip(shown, whole, strict=True)):
                 raise InputError(f"rows and columns must lie within {whole[0]} and {whole[1]}, got {shown[0]} and {shown[1]}")
             self.session.layer, self.session.head = layer, head
             self.session.choose_token(token)
-            ranges: Ranges = (tuple(shown[0]), tuple(shown[1]))  # type: ignore[assignment]
-            self.navigation.go(Place(view, None if ranges == whole else ranges))
+            self.navigation.go(Place(view, None if shown == whole else shown))
             self.cells.value = cells
         self._redraw()
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from workbench.errors import InputError
+from workbench.errors import InputError, whole_number
 from workbench.figures.attention import Range, cells_of, column_count, window_columns
 from workbench.trace import LayerTrace
 
@@ -34,6 +34,17 @@ def whole_ranges(record: LayerTrace, view: str) -> Ranges:
     length, tokens, every = record.length, window_columns(record), column_count(record)
     columns = {"both": (0, every), "entries": (tokens, every), "window": (0, tokens), "composite": (0, length)}[view]
     return (0, length), columns if columns[0] < columns[1] else (0, length)
+
+
+def whole_pair(name: str, given: Range | None, whole: Range) -> Range:
+    """A range that was given, (start, stop), or the whole one for None. Raises InputError unless these are whole numbers."""
+    if given is None:
+        return whole
+    try:
+        start, stop = given
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be (start, stop), got {given!r:.60}") from None
+    return whole_number(f"{name}' start", start), whole_number(f"{name}' stop", stop)
 
 
 def first_entry(record: LayerTrace, view: str) -> int | None:

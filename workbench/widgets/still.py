@@ -17,7 +17,7 @@ from typing import Any
 import ipywidgets as ipw
 import plotly.graph_objects as go
 
-from workbench.errors import InputError, WorkbenchError
+from workbench.errors import InputError, WorkbenchError, given_path
 from workbench.figures.picture import picture
 from workbench.widgets.render import CHART_MIME
 
@@ -275,18 +275,20 @@ def register() -> None:
 # -- one view as a file ----------------------------------------------------------------------------------------------------
 
 
-def save_picture(view: ipw.Widget | go.Figure, path: str | Path) -> Path:
+def save_picture(view: Any, path: str | Path) -> Path:
     """Write what ``view`` shows now: .svg or .png of a chart, .png of an attention map, .html of any widget or chart.
 
-    Of a widget, .svg and .png are its ``figure``, the chart last drawn; a widget without one gives its map. Returns the path.
+    A tile, as `attention_tile` makes it, is saved as .png. Of a widget, .svg and .png are its ``figure``, the chart last drawn;
+    a widget without one gives its map. Returns the path.
     InputError for another ending, for something that is no view, and for a view that has no such picture.
     """
-    target = Path(path)
+    target = given_path("a picture's file", path)
     kind = target.suffix.lower()
     if kind not in (".svg", ".png", ".html"):
         raise InputError(f"a picture is saved as .svg, .png or .html, got {target.name!r}")
-    if not isinstance(view, ipw.Widget | go.Figure):
-        raise InputError(f"give a widget or a chart to save, got {type(view).__name__}")
+    is_tile = isinstance(getattr(view, "png", None), bytes) and not isinstance(view, ipw.Widget)
+    if not isinstance(view, ipw.Widget | go.Figure) and not (is_tile and kind == ".png"):
+        raise InputError(f"give a widget or a chart to save, or a tile as .png; got {type(view).__name__} as {kind}")
     if not target.parent.is_dir():
         raise InputError(f"there is no folder {target.parent} to save {target.name} in; make it first")
     chart = view if isinstance(view, go.Figure) else getattr(view, "figure", None)
