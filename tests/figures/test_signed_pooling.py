@@ -98,6 +98,13 @@ def test_no_entry_kept_and_windows_that_reach_over_entries(recorded):
             np.testing.assert_array_equal(found, one_by_one(pair, 0, (0, LENGTH), (0, LENGTH), pool))
 
 
+def test_of_two_changes_of_one_size_the_one_above_0_is_kept():
+    one, other = (replace(run, window_probs=np.zeros_like(run.window_probs[..., :1])) for run in runs_of(V4, 0))
+    one.window_probs[0], other.window_probs[1] = 0.5, 0.5
+    for pair in ((one, other), (other, one)):
+        assert largest_change(pair, "max", (0, 2), (0, 2), (2, 2)).tolist() == [[0.5]]
+
+
 def test_what_is_worked_out_at_once_does_not_grow_with_the_text(monkeypatch):
     """At most some values of a query for each of a block of them, whatever the length."""
     widest = 0
