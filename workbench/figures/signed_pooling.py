@@ -56,14 +56,14 @@ class _Canvas:
     def paint(self, t: np.ndarray, first: np.ndarray, stop: np.ndarray, change: np.ndarray) -> None:
         """All [n]: a query, its tokens from ``first`` up to ``stop``, and by how much their probability changed."""
         first, stop = np.maximum(first, self.columns[0]), np.minimum(stop, self.columns[1])
-        seen = (first < stop) & (change != 0)
+        seen = np.flatnonzero((first < stop) & (change != 0))
         t, first, last, change = t[seen], first[seen], stop[seen] - 1, change[seen]
         row = (t - self.rows[0]) // self.pooling[0] + self.most.shape[1] * (change < 0)
         left, right = ((x - self.columns[0]) // self.pooling[1] for x in (first, last))
         at, more, size = row * self.most.shape[2] + left, right - left, np.abs(change)
         while len(at):
             np.maximum.at(self.most.reshape(-1), at, size)
-            on = more > 0  # that reach into one more cell
+            on = np.flatnonzero(more)  # that reach into one more cell
             at, more, size = at[on] + 1, more[on] - 1, size[on]
 
     def paint_rows(self, record: LayerTrace, t: np.ndarray, change: np.ndarray) -> None:
@@ -90,8 +90,8 @@ def _paint_kept(canvas: _Canvas, runs: Runs, head: Head, t: np.ndarray, reach: n
         first = tokens[:, 0] // ratio
         held = np.zeros((2, len(t), (tokens.shape[1] - 1) // ratio + 2), np.float32)
         place = block - first[query]
-        inside = (place >= 0) & (place < held.shape[2])
-        held[:, query[inside], place[inside]] = probs[:, inside]
+        inside = np.flatnonzero((place >= 0) & (place < held.shape[2]))
+        held[:, query[inside], place[inside]] = probs.take(inside, axis=1)
         place = tokens // ratio - first[:, None]
         for given, of in zip(near, held, strict=True):
             given[:] = np.take_along_axis(of, place, axis=1)
@@ -116,15 +116,15 @@ def _blocks(runs: Runs, head: Head, rows: slice) -> tuple[np.ndarray, np.ndarray
     group = found >> RUN_BIT
     last = found != NONE
     last[:, :-1] &= group[:, :-1] != group[:, 1:]
-    query = np.nonzero(last)[0]
-    found = found[last]
-    block, probs = found >> BLOCK_BIT, np.zeros((2, len(found)), np.float32)
-    of = (found >> RUN_BIT) & 1
-    probs[of, np.arange(len(found))] = (found & ((1 << RUN_BIT) - 1)).astype(np.int32).view(np.float32)
-    both = (block[1:] == block[:-1]) & (query[1:] == query[:-1])  # a block in both: the first recording's comes first
-    probs[0, 1:][both] = probs[0, :-1][both]
-    single = np.append(~both, True)[: len(found)]
-    return query[single], block[single], probs[:, single]
+    at = np.flatnonzero(last)
+    query, found = at // found.shape[1], found.reshape(-1)[at]
+    block, second = found >> BLOCK_BIT, (found >> RUN_BIT & 1).astype(bool)
+    value = (found & ((1 << RUN_BIT) - 1)).astype(np.int32).view(np.float32)
+    both = (block[1:] == block[:-1]) & (query[1:] == query[:-1])  # the first recording's comes first
+    probs = np.stack([value * ~second, value * second])
+    probs[0, 1:] += probs[0, :-1] * both  # onto 0
+    single = np.flatnonzero(np.append(~both, True)[: len(found)])
+    return query[single], block[single], probs.take(single, axis=1)
 
 
 def _paint_all(canvas: _Canvas, runs: Runs, head: Head, t: np.ndarray, reach: np.ndarray, tokens: np.ndarray) -> np.ndarray:
