@@ -1,11 +1,12 @@
-"""What attention pictures cost on the kernel's side: focus tiles, thumbnails and strips from sparse records of long traces.
+"""What attention pictures cost on the kernel's side: tiles, differences, thumbnails and strips from sparse records.
 
     workbench bench tiles                      2,048 and 65,536 tokens, and a strip over 262,144 compressed entries
     workbench bench tiles --quick              2,048 tokens and a short strip, few rounds, no record: does it run?
 
 The traces are random numbers in the shape of tiny-v4's (4 heads, a window of 16, the 8 best entries of CSA, all of HCA), sparse
-as a recorder leaves them. A tile is timed from records to PNG, a strip from records to the chart as it is sent, and bytes are
-counted as they are sent: pictures as they are, charts as JSON. The record goes to ``benchmarks/results/tiles-<device>.json``.
+as a recorder leaves them. A tile is timed from records to PNG, whether of one recording or of one less another, a strip from
+records to the chart as it is sent, and bytes are counted as they are sent: pictures as they are, charts as JSON. The record
+goes to ``benchmarks/results/tiles-<device>.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from workbench.figures.attention import attention_tile, composite_tile, thumbnails
+from workbench.figures.difference import difference_tile
 from workbench.figures.query import strip_chart
 from workbench.runtime import machine, slug
 from workbench.trace import LayerTrace, Trace, entry_pooling, row_tokens
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         f"{found['machine']['device']}, load {found['machine']['load_average']:.1f}; kernel side, medians of {rounds} rounds\n"
     )
     found["tiles"] = [tile for length in lengths for tile in tiles(sparse_trace(length), rounds)]
+    found["differences"] = [one for length in lengths for one in differences(length, rounds)]
     found["thumbnails"] = [
         of_thumbnails(sparse_trace(length, heads=THUMBNAIL_HEADS, kinds=("csa",)), rounds) for length in lengths
     ]
@@ -137,6 +140,19 @@ def tiles(trace: Trace, rounds: int) -> list[dict[str, Any]]:
                 what = {"tokens": trace.length, "layer": record.kind, "view": name, "head": head}
                 found.append(what | ms | {"bytes": len(tile.png)})
                 print(f"{trace.length:>7,} tokens, {record.kind}, {name}, head {head}: {_told(ms)}, {len(tile.png):,} bytes")
+    return found
+
+
+def differences(length: int, rounds: int) -> list[dict[str, Any]]:
+    """The attention of a recording less that of another, every number of which differs; no bar."""
+    runs, found = [sparse_trace(length, seed=seed) for seed in (0, 1)], []
+    for record in runs[0].layers:
+        for head in ("max", "mean", 0):
+            ms, tile = median_ms(lambda n=record.layer, h=head: difference_tile(*runs, n, h), max(1, rounds // 3))
+            found.append({"tokens": length, "layer": record.kind, "head": head, "bytes": len(tile.png)} | ms)
+            print(
+                f"{length:>7,} tokens, {record.kind}, one run less another, head {head}: {_told(ms)}, {len(tile.png):,} bytes"
+            )
     return found
 
 

@@ -11,6 +11,7 @@ def test_the_bench_runs_and_tells_every_bar(capsys):
     said = capsys.readouterr().out
     for words in ("focus tile, bytes", "focus tile, ms", "32 thumbnails", "strip, bytes", "strip, ms", "slider move"):
         assert words in said
+    assert said.count("one run less another, head") == 6
     assert said.count("met)") == 8 and "one query's strip" in said and "record:" not in said
 
 

@@ -262,6 +262,18 @@ def test_models_without_a_choice_or_a_window_say_so():
         record_text(SHIPPED["tiny-mla-dsa"], [1, 2, 3], window=4)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("read", [record_text, dense_beside])
+def test_weights_that_are_not_finite_are_said_and_nothing_is_drawn_of_them(read):
+    bad = random_model(CONFIG)
+    with torch.no_grad():
+        bad.embed.weight[5] = np.nan
+    ids = [6, 7] * 10
+    assert read(bad, ids) is not None
+    with pytest.raises(WorkbenchError, match="output is not finite"):
+        read(bad, [*ids, 5])
+
+
 def test_a_text_too_short_to_leave_anything_out_misses_nothing():
     found = dense_beside(SHIPPED["tiny-v4"], [1, 2, 3])
     assert not found.layer_reuse and not found.step_reuse and found.layer(1).missed.max() == 0

@@ -13,7 +13,7 @@ from PIL import Image
 import workbench as wb
 from workbench.differences import common_entries
 from workbench.errors import InputError
-from workbench.figures import difference
+from workbench.figures import difference, pooling
 from workbench.figures.difference import difference_html, difference_map
 from workbench.figures.query import source_probs
 
@@ -43,7 +43,7 @@ def painted(trace, layer, head):
 @pytest.mark.parametrize(("layer", "head"), [(0, "mean"), (1, "mean"), (1, "max"), (2, 1), (3, 0)])
 @pytest.mark.parametrize("pixels", [520, 37])
 def test_a_cell_holds_the_difference_that_is_largest_whatever_its_sign(runs, layer, head, pixels, monkeypatch):
-    monkeypatch.setattr(difference, "BLOCK_CELLS", 7 * 150)  # blocks that begin inside a cell
+    monkeypatch.setattr(pooling, "CHUNK_VALUES", 1000)  # blocks that begin inside a cell
     tile = wb.difference_tile(*runs, layer, head, max_pixels=pixels)
     change = painted(runs[1], layer, head) - painted(runs[0], layer, head)
     pool = -(-150 // pixels)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from workbench.differences import common_entries
 from workbench.errors import InputError, WorkbenchError
-from workbench.live import GUESSES, PREFILL_CHUNK, encode, token_texts
+from workbench.live import PREFILL_CHUNK, best_guesses, encode, token_texts
 from workbench.model.attention.core import attend, window_rows
 from workbench.model.attention.hybrid import Attention, AttentionInputs
 from workbench.model.kv_cache import KVCache
@@ -215,9 +215,8 @@ def _read(
     report: Report,
     stop: Callable[[], bool] | None,
 ) -> tuple[Trace, KVCache]:
-    """The recording of ``ids`` and the cache they left."""
+    """The recording of ``ids`` and the cache they left. WorkbenchError if ``stop`` says so or the output is not finite."""
     cache, recorder, guesses = model.new_cache(storage=storage), Recorder(model), []
-    count = min(GUESSES, model.config.vocab_size)
     use_threads(threads_for_run())
     with recorder:
         for first in range(0, len(ids), PREFILL_CHUNK):
@@ -225,7 +224,7 @@ def _read(
                 raise WorkbenchError(f"stopped after {first} of {len(ids)} tokens; nothing was kept")
             line = torch.tensor([ids[first : first + PREFILL_CHUNK]], device=model.device)
             logits = model(line, cache, logits="last", topk=topk)[0, -1]
-            guesses.append(torch.softmax(logits, -1).topk(count))
+            guesses.append(best_guesses(logits))
             recorder.finish_step(line.shape[1], cache)
             report((first + line.shape[1]) / len(ids))
     trace = Trace(
@@ -236,8 +235,8 @@ def _read(
         token_ids=np.asarray(ids, np.int32),
         token_texts=token_texts(model, ids),
         prompt_length=len(ids),
-        top_ids=np.stack([g.indices.cpu().numpy() for g in guesses]).astype(np.int32),
-        top_probs=np.stack([g.values.float().cpu().numpy() for g in guesses]),
+        top_ids=np.stack([ids for ids, _ in guesses]).astype(np.int32),
+        top_probs=np.stack([probs for _, probs in guesses]),
         next_ids=np.full(len(guesses), -1, np.int32),
         storage=storage,
         notes={"topk": topk or model.config.index_topk or None},

@@ -75,6 +75,14 @@ def token_texts(model: LanguageModel, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(model.tokenizer.decode_batch([[int(i)] for i in ids], skip_special_tokens=False))
 
 
+def best_guesses(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest next tokens by logits [V], best first: ids and probabilities. WorkbenchError unless all are finite."""
+    if not torch.isfinite(logits).all():
+        raise WorkbenchError("the model's output is not finite; its weights or this input are unusable")
+    found = torch.softmax(logits, -1).topk(min(GUESSES, len(logits)))
+    return found.indices.cpu().numpy(), found.values.float().cpu().numpy()
+
+
 class LiveRun:
     """One generation at work; made by ``wb.run``. Every method may be called from any thread, at any time."""
 
@@ -281,13 +289,11 @@ class LiveRun:
                 prefill = self._fed < self._prompt_length
                 chunk = line[:, self._fed : self._fed + PREFILL_CHUNK] if prefill else line
                 logits = self.model(chunk, cache, logits="last", **self._settings)[0, -1]
-                if not torch.isfinite(logits).all():
-                    raise WorkbenchError("the model's output is not finite; its weights or this input are unusable")
+                guessed = best_guesses(logits)
                 tokens = chunk.shape[1]
                 last = self._fed + tokens >= self._prompt_length
                 chosen = self._choose(logits) if last and len(self._ids) < self._prompt_length + self._max_new else -1
-                probs, ids = torch.softmax(logits, -1).topk(self._guess_count)
-                self._guesses.append((ids.cpu().numpy(), probs.cpu().numpy(), chosen))
+                self._guesses.append((*guessed, chosen))
                 if self._recorder:
                     self._recorder.finish_step(tokens, cache)
                 self._fed += tokens

@@ -26,14 +26,13 @@ from workbench.figures.attention import (
     describe_head,
     describe_layer,
     fitting_png,
-    largest_probs,
     visible_cells,
 )
 from workbench.figures.picture_axes import picture_chart
+from workbench.figures.signed_pooling import largest_change
 from workbench.figures.style import BLUE, GREY, VERMILLION, chart_text
 from workbench.trace import LayerTrace, Trace
 
-BLOCK_CELLS = 1 << 22  # pairs of a query and a token whose difference is worked out at once
 FAINT = 26  # of 255, how opaque a place without a change is
 
 
@@ -85,35 +84,13 @@ def difference_tile(
     rows, columns = checked_range("rows", rows, one.length), checked_range("columns", columns, one.length)
     sides = [cells_of(stop - start, max_pixels) for start, stop in (rows, columns)]
     pooling, scale = (sides[0][1], sides[1][1]), (sides[0][2], sides[1][2])
-    values = _largest_difference(one, other, head, rows, columns, pooling)
+    values = largest_change((one, other), head, rows, columns, pooling)
     visible = visible_cells(one, rows, columns, pooling, True) | visible_cells(other, rows, columns, pooling, True)
     values[~visible] = 0.0
     full = float(np.abs(values).max()) if limit is None else limit
     png = _signed_png(values, visible, full, scale)
     labels = (settings_label(a), settings_label(b))
     return DifferenceTile(png, values, visible, pooling, scale, rows, columns, full, one, head, labels)
-
-
-def _largest_difference(
-    one: LayerTrace, other: LayerTrace, head: Head, rows: Range, columns: Range, pooling: tuple[int, int]
-) -> np.ndarray:
-    """[h, w] float32: of each cell's pairs the largest difference, its sign kept, block after block of queries."""
-    width = columns[1] - columns[0]
-    starts = np.arange(0, width, pooling[1])
-    shape = -(-(rows[1] - rows[0]) // pooling[0]), len(starts)
-    high, low = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    size = max(1, BLOCK_CELLS // width)
-    for start in range(rows[0], rows[1], size):
-        block = start, min(start + size, rows[1])
-        change = largest_probs(other, head, block, columns, (1, 1), True)
-        change -= largest_probs(one, head, block, columns, (1, 1), True)
-        cells = (np.arange(*block) - rows[0]) // pooling[0]
-        edges = np.flatnonzero(np.diff(cells, prepend=-1))
-        at = cells[edges]
-        for grid, most in ((high, np.maximum), (low, np.minimum)):
-            pooled = most.reduceat(most.reduceat(change, starts, axis=1), edges, axis=0)
-            grid[at] = most(grid[at], pooled)
-    return np.where(high >= -low, high, low)
 
 
 def _signed_png(values: np.ndarray, visible: np.ndarray, limit: float, scale: tuple[int, int]) -> bytes:

@@ -56,10 +56,10 @@ def largest_probs(
         np.maximum.at(grid.reshape(-1), flat[inside], value[inside])
 
     first, last = columns[0], columns[1] + record.window - 1  # no other query has a window over these columns
-    for start, stop in _chunks(record, (max(rows[0], first), min(rows[1], last))) if record.window else ():
+    for start, stop in chunks(record, (max(rows[0], first), min(rows[1], last))) if record.window else ():
         t = np.arange(start, stop)
         scatter((t - rows[0]) // pooling[0], *_window_runs(record, head, t, columns, pooling[1]))
-    for start, stop in _chunks(record, rows) if record.ratio else ():
+    for start, stop in chunks(record, rows) if record.ratio else ():
         t = np.arange(start, stop)
         cells = (t - rows[0]) // pooling[0]
         if record.selected is not None and record.selected_probs is not None:
@@ -84,8 +84,8 @@ def largest_probs(
                 band = most_of_heads(np.maximum.reduceat(recorded.view(np.int16), edges, axis=0))
             else:
                 band = np.maximum.reduceat(comparable(recorded, head), edges, axis=0)  # [h', E]
-            spread = _spread(record, band, columns, pooling[1], record.entry_pooling(start), composite)
-            grid[cells[edges]] = np.maximum(grid[cells[edges]], spread)
+            cover = spread(record, band, columns, pooling[1], record.entry_pooling(start), composite)
+            grid[cells[edges]] = np.maximum(grid[cells[edges]], cover)
     return grid if head == "mean" else grid.view(np.float16).astype(np.float32)
 
 
@@ -165,7 +165,7 @@ def mean_probs(record: LayerTrace, head: Head, rows: Range, columns: Range, pool
         flat = (column - columns[0]) // pooling[1] + (cells * width)[:, None]
         total[:] += np.bincount(flat[inside], value[inside], minlength=len(total))
 
-    for start, stop in _chunks(record, rows):
+    for start, stop in chunks(record, rows):
         t = np.arange(start, stop)
         cells = (t - rows[0]) // pooling[0]
         if record.window:
@@ -244,12 +244,9 @@ def selected_shares(
     return (kept_pairs.reshape(height, width) / np.maximum(pairs, 1)).astype(np.float32)
 
 
-def _chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:
+def chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:
     """Split ``rows`` so that a chunk is small and, where rows are over all entries, recorded with one entry pooling."""
-    width = record.window
-    for probs in (record.selected_probs, record.entry_probs):
-        width += 0 if probs is None else probs.shape[-1]
-    size = max(1, CHUNK_VALUES // max(1, record.heads * width))
+    size = max(1, CHUNK_VALUES // max(1, values_of_query(record)))
     start = rows[0]
     while start < rows[1]:
         stop = min(start + size, rows[1])
@@ -259,7 +256,15 @@ def _chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:
         start = stop
 
 
-def _spread(
+def values_of_query(record: LayerTrace) -> int:
+    """How many probabilities were recorded for each query."""
+    width = record.window
+    for probs in (record.selected_probs, record.entry_probs):
+        width += 0 if probs is None else probs.shape[-1]
+    return record.heads * width
+
+
+def spread(
     record: LayerTrace, band: np.ndarray, columns: Range, pool: int, recorded_pooling: int, composite: bool
 ) -> np.ndarray:
     """Rows over all entries [h', E] -> [h', w]: a cell takes the maximum of the recorded columns its entries fall into."""
