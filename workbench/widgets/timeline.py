@@ -19,7 +19,7 @@ from workbench.profile import Profile
 from workbench.trace import Timeline, Trace
 from workbench.widgets.files import TraceFiles
 from workbench.widgets.profile import ProfileView
-from workbench.widgets.render import as_output
+from workbench.widgets.render import ChartClicks, as_output
 from workbench.widgets.session import Session, session_of
 from workbench.widgets.steps import StepSlider
 
@@ -36,17 +36,21 @@ AHEAD = ("prefetched", "prefetch")  # what an experiment may call its runs with 
 Compare = Callable[..., tuple[Timeline, Timeline] | None]
 
 
+HINT = "Click a step below the lanes, or a bar, to choose its last token in all views; the Step slider does it by key."
+
+
 class TimelineView(ipw.VBox):
-    """One step of a session's timeline, a slider over the steps, and the totals of the whole run."""
+    """One step of a session's timeline, all its steps to choose from, by slider or by a click, and the totals of the run."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.step = StepSlider(session)
         self.view, self.numbers = ipw.Output(), ipw.HTML()
+        self.clicks = ChartClicks(self._clicked)
         self.figure: Any = None
         self._drawn: tuple[Any, ...] = ()
-        super().__init__([self.step, self.view, self.numbers])
-        session.observe(self._redraw, names=["trace", "step", "charts"])
+        super().__init__([self.step, self.view, self.clicks, self.numbers])
+        session.observe(self._redraw, names=["trace", "step", "token", "charts"])
         self._redraw()
 
     @property
@@ -54,13 +58,20 @@ class TimelineView(ipw.VBox):
         trace = self.session.trace
         return trace if trace.cache_bytes else trace.timeline
 
+    def _clicked(self, _: float | None, step: float | None) -> None:
+        with self.session.lock:
+            if step is not None and 0 <= step < self.session.trace.steps:
+                self.session.choose_step(int(step))
+
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
-            trace, step = self.session.trace, self.session.step
-            if (trace, step) == self._drawn or self.session.charts_wait:
+            trace, step, token = self.session.trace, self.session.step, self.session.token
+            if (trace, step, token) == self._drawn or self.session.charts_wait:
                 return
-            self._drawn = (trace, step)
-            self.figure = overlap_timeline(trace.timeline, step)
+            self._drawn = (trace, step, token)
+            chosen = f"step {step}: token {token:,}" if any(trace.token_texts) else f"step {step}"
+            self.figure = overlap_timeline(trace.timeline, step, chosen=chosen)
+            self.clicks.hint = HINT if trace.steps > 1 else ""
             self.view.outputs = (as_output(self.figure),)
             self.numbers.value = f"<style>{CHART_CSS}</style><p>{escape(_run_numbers(trace))}</p>"
 
