@@ -1,5 +1,5 @@
-// Clicks on the chart in the same box, which the page's own plotly draws, and draws anew for every change. Where there is no such
-// chart, as in a still picture, nothing happens and the hint stays out of sight.
+// Clicks on the chart in the same box, which the page's own plotly draws, and draws anew for every change. The chart itself says
+// what a click does (`layout.meta.click`); where none says so, as in a still picture, nothing happens and nothing is shown.
 
 export default {
   render({ model, el }) {
@@ -11,16 +11,13 @@ export default {
       model.send({ type: "click", x: point?.x ?? event.xvals?.[0] ?? null, data: point?.customdata ?? null });
     }
     function listen() {
-      charts = [...box.querySelectorAll(".js-plotly-plot")].filter((chart) => chart.on);
+      charts = [...box.querySelectorAll(".js-plotly-plot")].filter((chart) => chart.on && chart.layout?.meta?.click);
       for (const chart of charts) {
         chart.removeListener("plotly_click", clicked); // a chart drawn twice must not tell twice
         chart.on("plotly_click", clicked);
       }
-      tell();
-    }
-    function tell() {
-      const hint = charts.length ? model.get("hint") : "";
-      if (el.textContent !== hint) el.textContent = hint; // each change is one in the box, too, and would be heard again
+      const hint = charts[0]?.layout.meta.click ?? "";
+      if (el.textContent !== hint) el.textContent = hint; // this, too, changes the box, and would be heard again
     }
     const redrawn = new MutationObserver(listen);
     const appeared = new ResizeObserver(() => { // only what is in the page has a box around it
@@ -31,11 +28,9 @@ export default {
       listen();
     });
     appeared.observe(el);
-    model.on("change:hint", tell);
     return () => {
       appeared.disconnect();
       redrawn.disconnect();
-      model.off("change:hint", tell);
       for (const chart of charts) chart.removeListener?.("plotly_click", clicked);
     };
   },

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from workbench.figures.memory import kv_growth_chart, kv_panel_html
 from workbench.trace import Trace
-from workbench.widgets.render import ChartClicks, as_output
+from workbench.widgets.render import as_output
 from workbench.widgets.session import Session, session_of
 from workbench.widgets.steps import StepSlider
 
@@ -37,9 +37,8 @@ class KVCacheGrowth(ipw.VBox):
         )
         self.view, self.panel = ipw.Output(), ipw.HTML()
         self._drawn: tuple[Any, ...] = ()
-        self.clicks = ChartClicks(self._clicked, HINT)
         controls = ipw.HBox([self.step, self.scale], layout=ipw.Layout(flex_flow="row wrap"))
-        super().__init__([controls, self.view, self.clicks, self.panel])
+        super().__init__([controls, self.view, self.session.clicks, self.panel])
         self.scale.observe(self._redraw, names="value")
         self.session.observe(self._redraw, names=["trace", "step", "token", "charts"])
         self._redraw()
@@ -47,18 +46,6 @@ class KVCacheGrowth(ipw.VBox):
     @property
     def figure(self) -> go.Figure:
         return go.Figure(self.chart)
-
-    def _clicked(self, x: float | None, _: float | None) -> None:
-        with self.session.lock:
-            trace = self.session.trace
-            if x is None or not trace.steps or not trace.length:
-                return
-            token = min(max(1, round(x)), trace.length) - 1
-            step = trace.step_of_token(token)
-            if token == trace.step_end(step) - 1:
-                self.session.choose_step(step)  # the newest one of a run at work is followed again
-            else:
-                self.session.choose_token(token)
 
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
@@ -69,6 +56,6 @@ class KVCacheGrowth(ipw.VBox):
                 return
             self._drawn = wanted
             self.chart = kv_growth_chart(trace, step if trace.steps else None, log=self.scale.value, token=token)
-            self.view.outputs = (as_output(self.chart, anywhere=True),)
+            self.view.outputs = (as_output(self.chart, HINT if trace.length else "", anywhere=True),)
             told = kv_panel_html(trace, step) if trace.steps and trace.cache_bytes else ""
             self.panel.value = told or f"<p>{'No step' if not trace.steps else 'No cache'} was recorded.</p>"

@@ -29,15 +29,14 @@ def script(name: str) -> str:
     return "".join((folder / part).read_text(encoding="utf-8") for part in ("keys.js", name))
 
 
-def as_output(fig: go.Figure | dict[str, Any], *, anywhere: bool = False) -> dict[str, Any]:
+def as_output(fig: go.Figure | dict[str, Any], click: str = "", *, anywhere: bool = False) -> dict[str, Any]:
     """A chart as a notebook output, for ``out.outputs = (as_output(fig),)``; also one of plain values and arrays.
 
-    ``anywhere``: clicks beside all points are heard, too, by a plotly.js that can; a figure of an older plotly.py would refuse
-    to hold that setting.
+    ``click`` says what a click on one of its points does, for ``ChartClicks``, or with ``anywhere`` beside them, too.
     """
     chart = _sent(fig) if isinstance(fig, dict) else json.loads(fig.to_json())
-    if anywhere:
-        chart["layout"]["clickanywhere"] = True
+    if click:  # an older plotly.py would refuse "clickanywhere" in a figure; an older plotly.js does without
+        chart["layout"] |= {"meta": {"click": click}, "clickanywhere": anywhere}
     chart["config"] = {"displaylogo": False}  # "responsive" makes charts of a height given in pixels collapse to none at times
     title = (chart["layout"].get("title", {}).get("text") or "chart").replace("<br>", " ")
     return {"output_type": "display_data", "data": {CHART_MIME: chart, "text/plain": title}, "metadata": {}}
@@ -57,10 +56,10 @@ def _sent(value: Any) -> Any:
 
 
 class ChartClicks(anywidget.AnyWidget):
-    """Hears clicks on the chart that stands in the same box, and shows ``hint`` while there is a chart that can be clicked.
+    """Hears clicks on the chart in the same box, if ``as_output`` was told what they do, and shows that as a hint.
 
     ``clicked(x, data)`` gets where on the x axis it was and the point's ``customdata``, both numbers or None: nothing but x is
-    known of a place beside all points (``as_output(..., anywhere=True)``). Whatever else the page may send is dropped.
+    known of a place beside all points. Whatever else the page may send is dropped. One widget serves several boxes.
     """
 
     _esm = script("clicks.js")
@@ -68,10 +67,9 @@ class ChartClicks(anywidget.AnyWidget):
 .wb-clicks {min-height: 1.5em; padding: 0 4px; opacity: 0.8;
   font: 11px/1.5 var(--jp-ui-font-family, sans-serif); color: var(--jp-ui-font-color1, inherit)}
 """
-    hint = tl.Unicode().tag(sync=True)
 
-    def __init__(self, clicked: Callable[[float | None, float | None], None], hint: str = "") -> None:
-        super().__init__(hint=hint)
+    def __init__(self, clicked: Callable[[float | None, float | None], None]) -> None:
+        super().__init__()
         self._clicked = clicked
         self.on_msg(self._heard)
 

@@ -19,7 +19,7 @@ from workbench.profile import Profile
 from workbench.trace import Timeline, Trace
 from workbench.widgets.files import TraceFiles
 from workbench.widgets.profile import ProfileView
-from workbench.widgets.render import ChartClicks, as_output
+from workbench.widgets.render import as_output
 from workbench.widgets.session import Session, session_of
 from workbench.widgets.steps import StepSlider
 
@@ -46,10 +46,9 @@ class TimelineView(ipw.VBox):
         self.session = session
         self.step = StepSlider(session)
         self.view, self.numbers = ipw.Output(), ipw.HTML()
-        self.clicks = ChartClicks(self._clicked)
         self.figure: Any = None
         self._drawn: tuple[Any, ...] = ()
-        super().__init__([self.step, self.view, self.clicks, self.numbers])
+        super().__init__([self.step, self.view, session.clicks, self.numbers])
         session.observe(self._redraw, names=["trace", "step", "token", "charts"])
         self._redraw()
 
@@ -57,11 +56,6 @@ class TimelineView(ipw.VBox):
     def to_save(self) -> Timeline | Trace:
         trace = self.session.trace
         return trace if trace.cache_bytes else trace.timeline
-
-    def _clicked(self, _: float | None, step: float | None) -> None:
-        with self.session.lock:
-            if step is not None and 0 <= step < self.session.trace.steps:
-                self.session.choose_step(int(step))
 
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
@@ -71,8 +65,7 @@ class TimelineView(ipw.VBox):
             self._drawn = (trace, step, token)
             chosen = f"step {step}: token {token:,}" if any(trace.token_texts) else f"step {step}"
             self.figure = overlap_timeline(trace.timeline, step, chosen=chosen)
-            self.clicks.hint = HINT if trace.steps > 1 else ""
-            self.view.outputs = (as_output(self.figure),)
+            self.view.outputs = (as_output(self.figure, HINT if trace.steps > 1 else ""),)
             self.numbers.value = f"<style>{CHART_CSS}</style><p>{escape(_run_numbers(trace))}</p>"
 
 
