@@ -36,7 +36,7 @@ AHEAD = ("prefetched", "prefetch")  # what an experiment may call its runs with 
 Compare = Callable[..., tuple[Timeline, Timeline] | None]
 
 
-HINT = "Click a step below the lanes, or a bar, to choose its last token in all views; the Step slider does it by key."
+HINT = "Click a step, or a bar of this one, to choose its last token in all views; the Step slider does it by key."
 
 
 class TimelineView(ipw.VBox):
