@@ -38,6 +38,20 @@ def test_room_reserved_is_a_line_of_its_own_above_what_is_held():
     assert list(line(kv_growth(TRACE), "held + room").y) == (held + TRACE.cache_reserved).tolist()
 
 
+def test_a_token_within_a_step_has_a_line_of_its_own_beside_the_step():
+    fig = kv_growth(TRACE, 1, token=19)  # its step ends with token 25
+    assert [shape.x0 for shape in fig.layout.shapes] == [26, 20]
+    assert fig.layout.annotations[0].text == "step 1: 26 tokens; token 19 chosen"
+    last = kv_growth(TRACE, 1, token=25)
+    assert [shape.x0 for shape in last.layout.shapes] == [26]
+    assert last.layout.annotations[0].text == "step 1: 26 tokens"
+
+
+@pytest.mark.parametrize("step, side", [(0, "left"), (1, "right"), (18, "right")])
+def test_what_a_line_says_stays_within_the_chart(step, side):
+    assert kv_growth(TRACE, step).layout.annotations[0].xanchor == side
+
+
 def test_modelled_lines_say_so_and_start_before_the_first_step_ends():
     config = HybridConfig.from_dict(TRACE.config)
     fig = kv_growth(TRACE)

@@ -6,7 +6,7 @@ import pytest
 
 from workbench.cost.fetch import Setting, engram_models, modelled
 from workbench.devices import devices, drives
-from workbench.figures.timeline import overlap_comparison, overlap_numbers, overlap_timeline
+from workbench.figures.timeline import overlap_comparison, overlap_numbers, overlap_timeline, step_lengths
 from workbench.figures.whatif import hidden_chart
 from workbench.trace import Span, Timeline
 from workbench.widgets.render import as_output
@@ -71,6 +71,45 @@ def test_lanes_keep_their_order_even_when_empty():
 def test_a_step_without_spans_says_so():
     fig = overlap_timeline(MEASURED, 7)
     assert "nothing was timed in step 7" in fig.layout.annotations[0].text
+
+
+def test_all_steps_stand_below_a_chosen_one_each_with_its_length_and_stall():
+    fig = overlap_timeline(MEASURED, 1, chosen="step 1: token 7")
+    rest, stall, unseen = fig.data[-3:]
+    assert {bar.xaxis for bar in fig.data[-3:]} == {"x2"} and list(unseen.customdata) == [0, 1]
+    assert list(rest.y) == pytest.approx([1.0, 5.0]) and list(stall.y) == pytest.approx([0.0, 1.0])
+    assert list(stall.base) == pytest.approx([1.0, 5.0]) and list(unseen.hovertext) == [
+        "step 0: 1.00 ms", "step 1: 6.00 ms, 1.00 ms of it stall",
+    ]  # fmt: skip
+    assert {n for bar in fig.data[:-4] for n in bar.customdata} == {1}
+    assert fig.layout.annotations[-1].text == "step 1: token 7" and fig.layout.shapes[-1].x0 == 1
+    lanes, steps = fig.layout.yaxis.domain, fig.layout.yaxis2.domain
+    assert lanes[1] == 1 and steps[0] == 0 and steps[1] < lanes[0]
+    plain = overlap_timeline(MEASURED, 1)
+    assert "xaxis2" not in plain.layout.to_plotly_json() and plain.layout.height < fig.layout.height
+
+
+def test_a_modelled_span_does_not_lengthen_a_measured_step():
+    far = Span("stall", "modelled", 1, 7e-3, 20e-3, "modelled")
+    assert step_lengths(Timeline("measured", (*SPANS, far))) == step_lengths(MEASURED)
+    assert step_lengths(Timeline("measured", ())) == []
+
+
+def test_many_steps_are_pooled_and_the_longest_of_each_pool_is_offered():
+    spans = tuple(Span("compute", "all", n, n * 1.0, n + (0.9 if n % 10 == 4 else 0.01)) for n in range(4000))
+    fig = overlap_timeline(Timeline("measured", spans), 3999, chosen="step 3999")
+    unseen = fig.data[-1]
+    assert len(unseen.x) == 800 and unseen.width == 5
+    assert 4 in unseen.customdata and 14 in unseen.customdata and 24 in unseen.customdata
+    assert unseen.x[0] == 2 and fig.layout.xaxis2.range == (-0.5, 3999.5)
+    assert len(json.dumps(as_output(fig))) < 125_000
+
+
+def test_one_long_step_does_not_press_the_others_flat_and_the_axis_says_so():
+    spans = tuple(Span("compute", "all", n, 10.0 * n, 10.0 * n + (9.0 if n == 0 else 0.02)) for n in range(9))
+    fig = overlap_timeline(Timeline("measured", spans), 3, chosen="step 3")
+    assert fig.layout.yaxis2.range[1] == pytest.approx(80.0) and "cut off" in fig.layout.xaxis2.title.text
+    assert "cut off" not in overlap_timeline(Timeline("measured", spans[1:]), 3, chosen="step 3").layout.xaxis2.title.text
 
 
 def test_two_runs_share_one_time_axis_and_give_their_totals():

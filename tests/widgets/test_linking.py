@@ -26,6 +26,10 @@ class Views:
         self.slots, self.engram = CacheSlots(source), EngramExplorer(source)
         self.session = self.explorer.session
 
+    def click(self, x: Any, data: Any = None) -> None:
+        """What the page sends of a click on a chart."""
+        self.session.clicks._handle_custom_msg({"type": "click", "x": x, "data": data}, [])
+
     def tokens(self) -> dict[str, int]:
         """What each view says the chosen token is."""
         first, second = self.explorer, self.other
@@ -38,6 +42,8 @@ class Views:
             "line": int(re.search(r"token=(\d+)", first.line.value)[1]),
             "other explorer": second.map.mark,
             "slots": self.slots.token.value,
+            "timeline": int(re.search(r"token (\d+)", self.timeline.figure.layout.annotations[-1].text)[1]),
+            "KV chart": int(self.memory.figure.layout.shapes[-1].x0) - 1,
             "engram": int(re.search(r'class="[^"]*\bq\b[^"]*" data-token="(\d+)"', self.engram.text.html)[1]),
         }
         return found
@@ -48,6 +54,7 @@ class Views:
             "KV chart": int(re.match(r"step (\d+):", marks[0])[1]),
             "KV slider": self.memory.step.value,
             "timeline": int(re.match(r"Step (\d+):", self.timeline.figure.layout.title.text)[1]),
+            "timeline's mark": self.timeline.figure.layout.shapes[-1].x0,
             "timeline slider": self.timeline.step.value,
             "explorer's slider": self.explorer.text_panel.step.value,
         }
@@ -73,6 +80,12 @@ CHOICES = {
     "explorer's slider": (lambda v: setattr(v.explorer.text_panel.step, "value", 7), 35),
     "cache slots": (lambda v: setattr(v.slots.token, "value", 2), 2),
     "engram's text": (lambda v: v.engram.text._handle_custom_msg({"type": "click", "token": "38"}, []), 38),
+    "click on the KV chart, where a step ends": (lambda v: v.click(35.2), 34),
+    "click on the KV chart, within the prompt": (lambda v: v.click(20.4), 19),
+    "click left of the KV chart's first token": (lambda v: v.click(-3.0), 0),
+    "click right of its last one": (lambda v: v.click(1e12), 46),
+    "click on a step of the timeline": (lambda v: v.click(9.75, 3), 31),
+    "click on a span of a chunk of the prompt": (lambda v: v.click("compute", 1), 25),
     "a line of Python": (lambda v: v.explorer.look(layer=1, token=37), 37),
 }
 

@@ -26,18 +26,19 @@ GQA_HEADS = 8
 HEADROOM = 1.5  # height of the linear axis over what was held at most
 
 
-def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False) -> go.Figure:
+def kv_growth(trace: Trace, step: int | None = None, *, log: bool = False, token: int | None = None) -> go.Figure:
     """Bytes held after each step, part upon part, against tokens; beside them what dense caches would hold.
 
     The areas are what ``trace.cache_bytes`` counted; the lines marked "formula" come from ``workbench.cost`` and start at
     token 1, also for a prompt read in one step. The linear axis ends a little above what was held, so that parts can be told
     apart; dense caches soon leave it. ``log`` shows them whole and draws parts as lines, because areas stacked on a logarithmic
-    axis mislead. ``step`` is marked with a vertical line. InputError for a step the trace does not have.
+    axis mislead. A vertical line marks ``step``, and another ``token`` if it is not the last of that step. InputError for a
+    step the trace does not have.
     """
-    return go.Figure(kv_growth_chart(trace, step, log=log))
+    return go.Figure(kv_growth_chart(trace, step, log=log, token=token))
 
 
-def kv_growth_chart(trace: Trace, step: int | None = None, *, log: bool = False) -> dict[str, Any]:
+def kv_growth_chart(trace: Trace, step: int | None = None, *, log: bool = False, token: int | None = None) -> dict[str, Any]:
     """``kv_growth`` as plain values, {"data", "layout"}: a live run draws it several times a second, and checking every
     attribute of a figure takes many times as long as working out what it shows."""
     steps = sorted({round(i * (trace.steps - 1) / MEASURED_POINTS) for i in range(MEASURED_POINTS + 1)} if trace.steps else [])
@@ -69,8 +70,13 @@ def kv_growth_chart(trace: Trace, step: int | None = None, *, log: bool = False)
         data += _modelled(config, trace.storage, tokens)
     if step is not None:
         end = trace.step_end(_checked(trace, step))
+        said = f"step {step}: {end:,} tokens"
         layout["shapes"] = [_VLINE | {"x0": end, "x1": end}]
-        layout["annotations"] = [_VLINE_LABEL | {"x": end, "text": f"step {step}: {end:,} tokens"}]
+        if token is not None and token + 1 != end:
+            said += f"; token {token:,} chosen"
+            layout["shapes"].append(_VLINE | {"x0": token + 1, "x1": token + 1, "line": _CHOSEN})
+        side = "right" if 2 * end > trace.length else "left"  # so that it is not cut off
+        layout["annotations"] = [_VLINE_LABEL | {"x": end, "text": said, "xanchor": side}]
     title = f"KV cache of one sequence, stored as {trace.storage}<br>{chart_text(trace.label)}"
     if baselines := _baselines(config):
         shapes = " and ".join(dict.fromkeys(name.split(" =")[0] for name in baselines))
@@ -84,6 +90,7 @@ def kv_growth_chart(trace: Trace, step: int | None = None, *, log: bool = False)
 
 
 _VLINE = {"type": "line", "xref": "x", "yref": "y domain", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 1.5}}
+_CHOSEN = {"color": PINK, "width": 2, "dash": "dash"}  # as on the attention map
 _VLINE_LABEL = {"xref": "x", "yref": "y domain", "y": 1, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
 _VLINE_LABEL |= {"font": {"color": GREY}}
 

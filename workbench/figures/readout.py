@@ -6,7 +6,8 @@ import html
 from typing import Any
 
 from workbench.figures import style
-from workbench.figures.attention import SELECTED, Head
+from workbench.figures.attention import SELECTED, Head, Tile, describe_head, describe_layer
+from workbench.trace import LayerTrace
 
 
 def readout(told: dict[str, Any]) -> str:
@@ -48,3 +49,25 @@ def facts_line(facts: dict[str, Any], head: Head) -> str:
     also = [f"{facts['before']} of them the query before, too"] if facts["before"] is not None else []
     also += [f"{count} of them layer {layer}, too" for layer, count in facts["layers"].items()]
     return f"{line}{'; ' if also else ''}{'; '.join(also)}."
+
+
+def map_words(tile: Tile, *, mean_asked: bool, no_mean: str, no_entries: bool) -> str:
+    """What an attention map shows: layer, head, what a cell of several stands for. Not yet escaped.
+
+    ``no_mean`` says why there is no mean of cells, "" if there is one; ``no_entries``: entries were asked for, there are none.
+    """
+    record = tile.layer
+    words = f"layer {record.layer} ({describe_layer(record)}), {describe_head(record, tile.head)}"
+    if tile.pooling != (1, 1):
+        of_cell = "share selected" if record.selection_only else "mean" if tile.pool == "mean" else "maximum"
+        words += f"; a cell is the {of_cell} of {tile.pooling[0]} queries x {tile.pooling[1]} columns"
+        if mean_asked and no_mean and not record.selection_only:
+            words += f", as there is no mean: {no_mean}"
+    return words + ("; no compressed entry here, so the window is shown" if no_entries else "")
+
+
+def colour_bar(record: LayerTrace) -> str:
+    stops = ", ".join(f"rgb({r} {g} {b})" for r, g, b in style.colour_map(9).tolist())
+    bar = f"<span style='display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,{stops})'></span>"
+    what = "share selected" if record.selection_only else "probability"
+    return f"{what} 0 {bar} 1 (colour is its square root; blank: not visible)"

@@ -18,25 +18,55 @@ LANE_COLOURS = {"ids": SKY, "compute": BLUE, "lookup": ORANGE, "transfer": GREEN
 HATCHED = {"shape": "/", "fillmode": "overlay", "fgcolor": "#ffffff", "solidity": 0.3}
 OTHER_COLOUR = PINK  # the streams of an imported trace
 ALWAYS = ("compute", "lookup", "stall")  # lanes drawn even when empty: that nothing stalled is worth seeing
-LANE_HEIGHT, LINE_HEIGHT = 46, 17  # pixels
+LANE_HEIGHT, LINE_HEIGHT, STEPS_HEIGHT, STEPS_GAP = 46, 17, 80, 76  # pixels
+CUT = 4  # times the median step: what is longer, a prompt as a rule, would press all others flat
 TITLE_WIDTH = 88  # characters that fit a narrow notebook's column
 # Beyond these a chart would be slow and large: a lane is drawn by how busy each pixel is, arrows and shades are left out.
 MOST_SPANS, MOST_ARROWS, MOST_SHADES, PIXELS = 400, 300, 100, 800
 
 
-def overlap_timeline(timeline: Timeline, step: int, name: str = "") -> go.Figure:
+def overlap_timeline(timeline: Timeline, step: int, name: str = "", *, chosen: str = "") -> go.Figure:
     """One step, or what ``name`` calls it: compute, lookup, transfer and stall against milliseconds since the step began.
 
     Bars are named by hovering, arrows run to a span from what it had to wait for, and the title says how much of
     the lookup compute hid. Measured and modelled spans never share a lane. A step without spans gives a chart that says so.
+    With ``chosen``, words for this step, all steps of the run stand below with it marked; spans and steps then have the number
+    of their step as ``customdata``.
     """
     shown = timeline.of_step(step)
-    fig = make_subplots(rows=1, cols=1)
+    lengths = step_lengths(timeline) if chosen else []
+    rows = 2 if len(lengths) > 1 else 1
+    fig = make_subplots(rows=rows, cols=1)
     lanes = _draw(fig, shown, row=1)
     if not shown.spans:
-        fig.add_annotation(text=f"nothing was timed in step {step}", showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
-    fig.update_xaxes(title="ms since the step began")
-    return framed(fig, f"{name or f'Step {step}'}: {overlap_numbers(shown)}", _where(timeline), lanes)
+        middle = {"x": 0.5, "y": 0.5, "xref": "x domain", "yref": "y domain"}
+        fig.add_annotation(text=f"nothing was timed in step {step}", showarrow=False, **middle)
+    fig.update_xaxes(title="ms since the step began", row=1)
+    if chosen:
+        for bar in fig.select_traces({"type": "bar"}):
+            bar.customdata = [step] * len(bar.x)
+    if rows == 2:
+        _draw_steps(fig, lengths, step, chosen, timeline.origin)
+        high, gap = LANE_HEIGHT * lanes, STEPS_GAP / (LANE_HEIGHT * lanes + STEPS_GAP + STEPS_HEIGHT)
+        share = (1 - gap) * high / (high + STEPS_HEIGHT)
+        fig.update_yaxes(domain=[1 - share, 1], row=1)
+        fig.update_yaxes(domain=[0, 1 - share - gap], row=2)
+    title = f"{name or f'Step {step}'}: {overlap_numbers(shown)}"
+    return framed(fig, title, _where(timeline), lanes, more=STEPS_GAP + STEPS_HEIGHT if rows == 2 else 0)
+
+
+def step_lengths(timeline: Timeline) -> list[tuple[int, float, float]]:
+    """(step, seconds from its first span's start to its last one's end, seconds of stall in it) of every step that was timed.
+
+    Counted are spans of the timeline's own origin: a modelled stall does not lengthen a measured step.
+    """
+    ends: dict[int, list[float]] = {}
+    for span, origin in zip(timeline.spans, timeline.origins(), strict=True):
+        if origin == timeline.origin:
+            found = ends.setdefault(span.step, [span.start_s, span.end_s, 0.0])
+            found[0], found[1] = min(found[0], span.start_s), max(found[1], span.end_s)
+            found[2] += span.end_s - span.start_s if span.lane == "stall" else 0.0
+    return [(step, end - start, min(stall, end - start)) for step, (start, end, stall) in sorted(ends.items())]
 
 
 def overlap_comparison(serial: Timeline, prefetched: Timeline) -> go.Figure:
@@ -70,11 +100,11 @@ def overlap_numbers(timeline: Timeline) -> str:
     return f"{what} {fetch:.2f} ms = {hidden:.2f} ms hidden ({hidden / fetch:.0%}) + {stall:.2f} ms exposed as stall"
 
 
-def framed(fig: go.Figure, title: str, note: str, lanes: int) -> go.Figure:
-    """The common frame, as high as its lanes; the note is wrapped, for a chart's title never is."""
+def framed(fig: go.Figure, title: str, note: str, lanes: int, more: int = 0) -> go.Figure:
+    """The common frame, as high as its lanes and ``more`` pixels; the note is wrapped, for a chart's title never is."""
     lines = [*wrap(title, TITLE_WIDTH), *wrap(note, TITLE_WIDTH)]
     above, below = 44 + LINE_HEIGHT * len(lines), 48
-    styled(fig, "<br>".join(map(chart_text, lines)), height=above + LANE_HEIGHT * lanes + below)
+    styled(fig, "<br>".join(map(chart_text, lines)), height=above + LANE_HEIGHT * lanes + more + below)
     at_top = {"y": 1.0, "yanchor": "top", "x": 0, "xref": "container", "pad": {"t": 20, "l": 4}}
     return fig.update_layout(
         title=at_top, margin={"t": above, "b": below}, hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}}
@@ -125,6 +155,41 @@ def _draw(fig: go.Figure, timeline: Timeline, row: int) -> int:
     fig.update_yaxes(categoryorder="array", categoryarray=order, range=[len(lanes) - 0.5, -0.5], row=row, col=1)
     fig.update_layout(barmode="overlay", showlegend=False)
     return len(lanes)
+
+
+def _draw_steps(fig: go.Figure, lengths: list[tuple[int, float, float]], step: int, chosen: str, origin: Origin) -> None:
+    """How long every step took and how much of it was stall, in the second row; an unseen bar above each takes the pointer."""
+    each = -(-len(lengths) // PIXELS)  # steps a bar, which shows the longest of them
+    bars = [max(lengths[i : i + each], key=lambda one: one[1]) for i in range(0, len(lengths), each)]
+    number, total, stall = ([row[i] for row in bars] for i in range(3))
+    middle = [lengths[i][0] + (min(each, len(lengths) - i) - 1) / 2 for i in range(0, len(lengths), each)]
+    total, stall = [1e3 * s for s in total], [1e3 * s for s in stall]
+    longest, usual = max(total), sorted(total)[len(total) // 2]
+    top = min(longest, CUT * usual) or 1.0
+    common: dict[str, Any] = {"x": middle, "width": each, "row": 2, "col": 1}
+    for name, base, height, colour in (
+        ("the rest of a step", [0.0] * len(bars), [a - b for a, b in zip(total, stall, strict=True)], GREY),
+        ("stall in a step", [a - b for a, b in zip(total, stall, strict=True)], stall, LANE_COLOURS["stall"]),
+    ):
+        look = {"color": colour, "line": {"width": 0}, "pattern": HATCHED if base[-1] or any(base) else {"shape": ""}}
+        fig.add_bar(name=name, base=base, y=height, hoverinfo="skip", marker=look, **common)
+    told = [
+        f"step {n}: {a:.2f} ms" + (f", {b:.2f} ms of it stall" if b else "")
+        for n, a, b in zip(number, total, stall, strict=True)
+    ]
+    fig.add_bar(
+        name=f"a step, {origin}", y=[top] * len(bars), customdata=number, hovertext=told, hoverinfo="text",
+        marker={"color": "rgba(0,0,0,0)", "line": {"width": 0}}, **common,
+    )  # fmt: skip
+    mark = {"xref": "x2", "yref": "y2 domain"}
+    fig.add_shape(type="line", x0=step, x1=step, y0=0, y1=1, line={"color": PINK, "width": 2, "dash": "dash"}, **mark)
+    first, last = lengths[0][0], lengths[-1][0]
+    side = "right" if 2 * step > first + last else "left"  # so that it is not cut off
+    fig.add_annotation(text=chosen, x=step, y=1, xanchor=side, yanchor="bottom", showarrow=False, font={"color": GREY}, **mark)
+    ticks = {"dtick": 1} if last - first < 12 else {}
+    cut = f"; higher than {CUT} times the median is cut off" if longest > top else ""
+    fig.update_xaxes(title=f"step of the run{cut}", range=[first - 0.5, last + 0.5], row=2, **ticks)
+    fig.update_yaxes(title="ms", range=[0, top], nticks=4, row=2)
 
 
 def _dotted(spans: list[Span]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 
 from workbench.errors import InputError, whole_number
-from workbench.figures import style
 from workbench.figures.attention import (
     Head,
     Pool,
@@ -21,7 +20,6 @@ from workbench.figures.attention import (
     check_head,
     column_count,
     composite_tile,
-    describe_head,
     describe_layer,
     layer_thumbnails,
     thumbnails,
@@ -30,7 +28,7 @@ from workbench.figures.attention import (
 from workbench.figures.labels import axis_labels, column_title
 from workbench.figures.pooling import no_means
 from workbench.figures.query import describe, painted_column, query_facts, source_probs, strip_chart
-from workbench.figures.readout import facts_line, readout
+from workbench.figures.readout import colour_bar, facts_line, map_words, readout
 from workbench.trace import LayerTrace, Trace
 from workbench.widgets.navigation import (
     TILE_PIXELS,
@@ -423,18 +421,8 @@ class AttentionExplorer(ipw.VBox):
             tile = self.tile = attention_tile(trace, record.layer, head, rows, columns, TILE_PIXELS, pool=pool)
         height, width = (side_pixels(stop - start)[0] for start, stop in (rows, columns))
         row_labels, column_labels, upright = axis_labels(trace, tile, height, width)
-        of_cell = "share selected" if record.selection_only else "mean" if tile.pool == "mean" else "maximum"
-        pooled = (
-            ""
-            if tile.pooling == (1, 1)
-            else f"; a cell is the {of_cell} of {tile.pooling[0]} queries x {tile.pooling[1]} columns"
-        )
-        if pooled and mean and no_mean and not record.selection_only:
-            pooled += f", as there is no mean: {no_mean}"
-        if view == "entries" and not record.entries:
-            pooled += "; no compressed entry here, so the window is shown"
-        what = f"layer {record.layer} ({describe_layer(record)}), {describe_head(record, head)}{pooled}"
-        self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{_colour_bar(record)}")
+        what = map_words(tile, mean_asked=mean, no_mean=no_mean, no_entries=view == "entries" and not record.entries)
+        self.title.value = TITLE.format(html.escape(trace.label), f"{html.escape(what)}.&emsp;{colour_bar(record)}")
         # The chart stands next to it, at one place as long as parts of the map are shown.
         wide = width if (rows, columns) == self.navigation.whole else TILE_PIXELS
         self.map.layout.width = f"{wide + LABEL_PIXELS}px"
@@ -498,10 +486,3 @@ class AttentionExplorer(ipw.VBox):
 
     def _draw_facts(self, trace: Trace, record: LayerTrace, head: Head, token: int) -> None:
         self.facts.value = facts_line(query_facts(trace, record.layer, token, head), head)
-
-
-def _colour_bar(record: LayerTrace) -> str:
-    stops = ", ".join(f"rgb({r} {g} {b})" for r, g, b in style.colour_map(9).tolist())
-    bar = f"<span style='display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,{stops})'></span>"
-    what = "share selected" if record.selection_only else "probability"
-    return f"{what} 0 {bar} 1 (colour is its square root; blank: not visible)"

@@ -16,9 +16,14 @@ from workbench.widgets.steps import StepSlider
 if TYPE_CHECKING:
     from workbench.live import LiveRun
 
+HINT = "Click the chart to choose a token in all views; the Step slider does it by key."
+
 
 class KVCacheGrowth(ipw.VBox):
-    """Bytes against tokens with a step slider; follows a run while it works. ``figure`` is the chart last drawn."""
+    """Bytes against tokens with a step slider; follows a run while it works. ``figure`` is the chart last drawn.
+
+    A click on the chart chooses the token there, the n-th for n tokens in the cache, in all views of the session.
+    """
 
     def __init__(self, source: LiveRun | Trace | Session) -> None:
         self.session = session_of(source)
@@ -32,9 +37,10 @@ class KVCacheGrowth(ipw.VBox):
         )
         self.view, self.panel = ipw.Output(), ipw.HTML()
         self._drawn: tuple[Any, ...] = ()
-        super().__init__([ipw.HBox([self.step, self.scale], layout=ipw.Layout(flex_flow="row wrap")), self.view, self.panel])
+        controls = ipw.HBox([self.step, self.scale], layout=ipw.Layout(flex_flow="row wrap"))
+        super().__init__([controls, self.view, self.session.clicks, self.panel])
         self.scale.observe(self._redraw, names="value")
-        self.session.observe(self._redraw, names=["trace", "step", "charts"])
+        self.session.observe(self._redraw, names=["trace", "step", "token", "charts"])
         self._redraw()
 
     @property
@@ -44,11 +50,12 @@ class KVCacheGrowth(ipw.VBox):
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
             trace, step = self.session.trace, self.session.step
-            wanted = (trace, step, self.scale.value)
+            token = self.session.token
+            wanted = (trace, step, token, self.scale.value)
             if wanted == self._drawn or self.session.charts_wait:  # a new trace with a new step reports both
                 return
             self._drawn = wanted
-            self.chart = kv_growth_chart(trace, step if trace.steps else None, log=self.scale.value)
-            self.view.outputs = (as_output(self.chart),)
+            self.chart = kv_growth_chart(trace, step if trace.steps else None, log=self.scale.value, token=token)
+            self.view.outputs = (as_output(self.chart, HINT if trace.length else "", anywhere=True),)
             told = kv_panel_html(trace, step) if trace.steps and trace.cache_bytes else ""
             self.panel.value = told or f"<p>{'No step' if not trace.steps else 'No cache'} was recorded.</p>"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,21 @@ from workbench.figures.style import CHART_CSS
 CHART_MIME = "application/vnd.plotly.v1+json"
 
 
-def as_output(fig: go.Figure | dict[str, Any]) -> dict[str, Any]:
-    """A chart as a notebook output, for ``out.outputs = (as_output(fig),)``; also one of plain values and arrays."""
+def script(name: str) -> str:
+    """A widget's script, behind the one that keeps keys from the notebook: a page needs that from any widget of ours, whichever
+    it shows, and a widget's script cannot import another."""
+    folder = Path(__file__).parent
+    return "".join((folder / part).read_text(encoding="utf-8") for part in ("keys.js", name))
+
+
+def as_output(fig: go.Figure | dict[str, Any], click: str = "", *, anywhere: bool = False) -> dict[str, Any]:
+    """A chart as a notebook output, for ``out.outputs = (as_output(fig),)``; also one of plain values and arrays.
+
+    ``click`` says what a click on one of its points does, for ``ChartClicks``, or with ``anywhere`` beside them, too.
+    """
     chart = _sent(fig) if isinstance(fig, dict) else json.loads(fig.to_json())
+    if click:  # an older plotly.py would refuse "clickanywhere" in a figure; an older plotly.js does without
+        chart["layout"] |= {"meta": {"click": click}, "clickanywhere": anywhere}
     chart["config"] = {"displaylogo": False}  # "responsive" makes charts of a height given in pixels collapse to none at times
     title = (chart["layout"].get("title", {}).get("text") or "chart").replace("<br>", " ")
     return {"output_type": "display_data", "data": {CHART_MIME: chart, "text/plain": title}, "metadata": {}}
@@ -42,6 +55,34 @@ def _sent(value: Any) -> Any:
     return {"dtype": kind, "bdata": base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()} | shape
 
 
+class ChartClicks(anywidget.AnyWidget):
+    """Hears clicks on the chart in the same box, if ``as_output`` was told what they do, and shows that as a hint.
+
+    ``clicked(x, data)`` gets where on the x axis it was and the point's ``customdata``, both numbers or None: nothing but x is
+    known of a place beside all points. Whatever else the page may send is dropped. One widget serves several boxes.
+    """
+
+    _esm = script("clicks.js")
+    _css = """
+.wb-clicks {min-height: 1.5em; padding: 0 4px; opacity: 0.8;
+  font: 11px/1.5 var(--jp-ui-font-family, sans-serif); color: var(--jp-ui-font-color1, inherit)}
+"""
+
+    def __init__(self, clicked: Callable[[float | None, float | None], None]) -> None:
+        super().__init__()
+        self._clicked = clicked
+        self.on_msg(self._heard)
+
+    def _heard(self, _: Any, message: Any, buffers: Any) -> None:
+        if isinstance(message, Mapping) and message.get("type") == "click":
+            self._clicked(_number(message.get("x")), _number(message.get("data")))
+
+
+def _number(value: Any) -> float | None:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if plain and -(2**53) < value < 2**53 else None  # which "not a number" is not either
+
+
 class Pointer(anywidget.AnyWidget):
     """HTML with ``data-token`` elements that can be chosen (``mode="text"``); ``MapPointer`` is a picture instead.
 
@@ -49,7 +90,7 @@ class Pointer(anywidget.AnyWidget):
     ``{"type": "click", "token": text}`` and ``{"type": "move", "by": 1 | -1}``. ``html`` is shown as it is: escape it.
     """
 
-    _esm = (Path(__file__).parent / "pointer.js").read_text(encoding="utf-8")
+    _esm = script("pointer.js")
     _css = (
         """
 .wb-pointer.wb-text {overflow-y: auto; padding: 0 2px}
@@ -83,7 +124,7 @@ class MapPointer(Pointer):
     shares of the sides; ``{"type": "back", "by": steps}`` and ``{"type": "whole"}``.
     """
 
-    _esm = (Path(__file__).parent / "map.js").read_text(encoding="utf-8")
+    _esm = script("map.js")
     _css = """
 .wb-picture {display: grid; grid-template-columns: auto auto var(--wb-width, 300px); align-content: start;
   width: max-content; max-width: 100%;

@@ -18,6 +18,7 @@ import traitlets as tl
 
 from workbench.errors import InputError
 from workbench.trace import Trace
+from workbench.widgets.render import ChartClicks
 
 if TYPE_CHECKING:
     from workbench.live import LiveRun
@@ -48,6 +49,10 @@ class Session(tl.HasTraits):
     def __init__(self, source: LiveRun | Trace) -> None:
         super().__init__()
         self.run: LiveRun | None = None
+        # For every chart of the session, and made before the first of them is drawn: while a page takes in what draws charts, a
+        # script that starts may be given up. What widgets hold stays for ever, so it does not hold the session.
+        clicked = weakref.WeakMethod(self._clicked)
+        self.clicks = ChartClicks(lambda x, step: method(x, step) if (method := clicked()) else None)
         self._painter: threading.Thread | None = None
         self._wake = threading.Event()
         self.charts_wait = False  # while a snapshot is published of which charts are left out; another one comes soon
@@ -105,6 +110,19 @@ class Session(tl.HasTraits):
             self.step = step
             if self.trace.steps:
                 self.token = self.trace.step_end(step) - 1
+
+    def _clicked(self, tokens: float | None, step: float | None) -> None:
+        """A person clicked a chart: a step, or a number of tokens in the cache, the last of which is meant."""
+        with self.lock:
+            trace = self.trace
+            if step is None and tokens is not None and trace.steps and trace.length:
+                token = min(max(1, round(tokens)), trace.length) - 1
+                step = trace.step_of_token(token)
+                if token != trace.step_end(step) - 1:
+                    self.choose_token(token)
+                    return
+            if step is not None and 0 <= step < trace.steps:
+                self.choose_step(int(step))
 
     def attach(self, run: LiveRun) -> None:
         """Follow ``run`` from now on; every widget of this session does. An earlier run goes on unseen."""

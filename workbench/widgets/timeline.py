@@ -36,8 +36,11 @@ AHEAD = ("prefetched", "prefetch")  # what an experiment may call its runs with 
 Compare = Callable[..., tuple[Timeline, Timeline] | None]
 
 
+HINT = "Click a step, or a bar of this one, to choose its last token in all views; the Step slider does it by key."
+
+
 class TimelineView(ipw.VBox):
-    """One step of a session's timeline, a slider over the steps, and the totals of the whole run."""
+    """One step of a session's timeline, all its steps to choose from, by slider or by a click, and the totals of the run."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -45,8 +48,8 @@ class TimelineView(ipw.VBox):
         self.view, self.numbers = ipw.Output(), ipw.HTML()
         self.figure: Any = None
         self._drawn: tuple[Any, ...] = ()
-        super().__init__([self.step, self.view, self.numbers])
-        session.observe(self._redraw, names=["trace", "step", "charts"])
+        super().__init__([self.step, self.view, session.clicks, self.numbers])
+        session.observe(self._redraw, names=["trace", "step", "token", "charts"])
         self._redraw()
 
     @property
@@ -56,12 +59,13 @@ class TimelineView(ipw.VBox):
 
     def _redraw(self, change: Any = None) -> None:
         with self.session.lock:
-            trace, step = self.session.trace, self.session.step
-            if (trace, step) == self._drawn or self.session.charts_wait:
+            trace, step, token = self.session.trace, self.session.step, self.session.token
+            if (trace, step, token) == self._drawn or self.session.charts_wait:
                 return
-            self._drawn = (trace, step)
-            self.figure = overlap_timeline(trace.timeline, step)
-            self.view.outputs = (as_output(self.figure),)
+            self._drawn = (trace, step, token)
+            chosen = f"step {step}: token {token:,}" if any(trace.token_texts) else f"step {step}"
+            self.figure = overlap_timeline(trace.timeline, step, chosen=chosen)
+            self.view.outputs = (as_output(self.figure, HINT if trace.steps > 1 else ""),)
             self.numbers.value = f"<style>{CHART_CSS}</style><p>{escape(_run_numbers(trace))}</p>"
 
 

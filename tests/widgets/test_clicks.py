@@ -1,0 +1,105 @@
+"""What a page says of clicks on charts, true or not, and which charts say what a click does."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+
+import pytest
+
+from tests.synthetic import synthetic_trace
+from tests.widgets.fakes import FakeRun, eventually
+from workbench.figures.picture import picture
+from workbench.trace import Span, Timeline
+from workbench.widgets.memory import KVCacheGrowth
+from workbench.widgets.render import CHART_MIME, ChartClicks
+from workbench.widgets.session import Session, session_of
+from workbench.widgets.timeline import OverlapTimeline
+
+TRACE = synthetic_trace(47, prompt_length=31, prefill_chunk=13)
+BAD = (
+    None,
+    "click",
+    [],
+    {},
+    {"type": "move", "x": 3},
+    {"type": "click"},
+    {"type": "click", "x": None, "data": None},
+    {"type": "click", "x": "3"},
+    {"type": "click", "x": True},
+    {"type": "click", "x": float("nan")},
+    {"type": "click", "x": float("inf")},
+    {"type": "click", "x": 10**400},
+    {"type": "click", "x": [3], "data": {"step": 3}},
+    {"type": "click", "data": "3"},
+    {"type": "click", "data": -1},
+    {"type": "click", "data": TRACE.steps},
+)
+
+
+@pytest.mark.parametrize("message", BAD, ids=lambda m: f"{m!r:.40}")
+def test_a_message_that_is_no_click_on_a_chart_changes_nothing(message):
+    session = Session(TRACE)
+    before = (session.token, session.step)
+    session.clicks._heard(session.clicks, message, [])  # raises nothing
+    assert (session.token, session.step) == before
+    session.clicks._heard(session.clicks, {"type": "click", "x": 3}, [])
+    assert session.token == 2 != before[0]
+
+
+def test_a_click_on_a_trace_without_tokens_or_steps_changes_nothing():
+    alone = OverlapTimeline(Timeline("modelled", ())).on_show.session
+    for message in ({"type": "click", "x": 1}, {"type": "click", "x": 1, "data": 0}):
+        alone.clicks._heard(alone.clicks, message, [])
+    assert alone.step == 0
+
+
+def test_a_click_on_a_run_at_work_holds_the_views_there_and_one_on_its_newest_step_follows_again():
+    run = FakeRun(TRACE)
+    growth = KVCacheGrowth(run)
+    session = growth.session
+    click = session.clicks._heard
+    click(None, {"type": "click", "x": 33}, [])
+    assert not session.follow and (session.token, growth.step.value) == (32, 4)
+    longer = synthetic_trace(50, prompt_length=31, prefill_chunk=13)
+    run.becomes(trace=longer, kind="token")
+    eventually(lambda: growth.step.max == longer.steps - 1, "the run goes on")
+    assert growth.step.value == 4
+    click(None, {"type": "click", "x": 50}, [])
+    assert session.follow and session.token == 49
+    run.becomes(state="done")
+
+
+def test_the_chart_says_what_a_click_does_and_a_file_of_it_does_not():
+    growth, timeline = KVCacheGrowth(TRACE), OverlapTimeline(TRACE)
+    for view, anywhere in ((growth.view, True), (timeline.on_show.view, False)):
+        layout = view.outputs[0]["data"][CHART_MIME]["layout"]
+        assert layout["meta"]["click"].startswith("Click") and layout["clickanywhere"] is anywhere
+    for fig in (growth.figure, timeline.figure):
+        assert "Click" not in picture(fig).svg() and fig.layout.meta is None
+
+
+def test_one_step_alone_offers_no_choice():
+    timeline = OverlapTimeline(Timeline("modelled", (Span("compute", "layer 0", 0, 0.0, 1e-3),)))
+    assert "meta" not in timeline.on_show.view.outputs[0]["data"][CHART_MIME]["layout"]
+
+
+def test_every_bar_of_the_timeline_knows_its_step():
+    timeline = OverlapTimeline(TRACE)
+    timeline.step.value = 5
+    known = [list(bar.customdata or ()) for bar in timeline.figure.data if bar.type == "bar" and bar.hoverinfo != "skip"]
+    assert known[-1] == list(range(TRACE.steps)) and {n for bar in known[:-1] for n in bar} == {5}
+
+
+def test_all_views_of_a_session_share_one_listener_which_does_not_keep_the_session():
+    growth, timeline = KVCacheGrowth(TRACE), OverlapTimeline(TRACE)
+    session = session_of(TRACE)
+    assert session.clicks in growth.children and session.clicks in timeline.on_show.children
+    assert len(ChartClicks._esm) < 4_000 and len(json.dumps(session.clicks.get_state(["layout"]), default=str)) < 200
+    lone = Session(synthetic_trace(20))
+    clicks, gone = lone.clicks, weakref.ref(lone)
+    del lone
+    gc.collect()
+    assert gone() is None
+    clicks._heard(None, {"type": "click", "x": 3}, [])
