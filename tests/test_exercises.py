@@ -24,7 +24,10 @@ CASES = {
         1 - (1 - 2 / 1024) ** 2,
         {2 / 1024: "two queries look", 100 * 4 / 1024: "percentage", 1 / 1024: "Either every token"},
     ),
-    "entries to choose from": (80, {320: "Those are tokens", 2: "HCA", 76: "do not take them off", 81: "numbered from 0"}),
+    "entries to choose from": (
+        80,
+        {320: "Those are tokens", 2: "HCA", 76: "do not take them off", 79: "token before", 81: "numbered from 0"},
+    ),
     "gqa bytes per token": (
         61 * 8 * 128 * 2 * 2,
         {8 * 128 * 2 * 2: "one layer", 61 * 8 * 128 * 2: "factor of two", 61 * 128 * 128 * 2 * 2: "query heads", 244: "KiB"},

@@ -321,7 +321,9 @@ def _import(options: argparse.Namespace) -> int:
     from workbench import captures, chrome_trace
     from workbench.profile import Profile, overlap_lines
 
-    if options.file.is_file() and captures.is_capture(options.file):
+    if not options.file.is_file():
+        raise InputError(f"no file {str(options.file)!r}: give what torch.profiler or wb.chrome_trace exported, or wb.capture saved")
+    if captures.is_capture(options.file):
         trace = captures.trace_of(options.file, options.preset, layers=options.layers)
         print("\n".join(captures.summary_lines(trace)))
         return 0

@@ -79,7 +79,7 @@ def test_each_head_is_a_bar_of_all_its_attention():
     shares = np.array([[0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
     fig = attention_split_chart([Split(layer, "csa", t, "<b>", shares, "toy") for t in (7, 9) for layer in (0, 1)])
     window, entries, sink = fig.data[:3]
-    assert list(window.x) == [50, 20, 50, 20] and list(sink.x) == [10, 60, 10, 60] and window.y[1] == "0 csa, head 1"
+    assert list(window.x) == [50, 20, 50, 20] and list(sink.x) == [10, 60, 10, 60] and window.y[1] == "layer 0 csa, head 1"
     assert np.allclose(np.sum([bar.x for bar in fig.data[3:]], axis=0), 100) and "&lt;b&gt;" in fig.layout.annotations[0].text
     assert entries.marker.pattern.bgcolor == entries.marker.color and sum(bar.showlegend for bar in fig.data) == 3
     with pytest.raises(InputError, match="attention_split"):

@@ -58,7 +58,7 @@ def test_many_values_become_one_pixel_each_with_zero_clear_and_sign_as_hue():
     array[0, 0], array[2, 39], array[1, 5] = 2.0, -1.0, -np.inf
     html = value_html(Value("q", array, ("heads", "channels"), (1, 9, 3, 40), ("h0", "h1", "h2")))
     drawn = pixels(html)
-    assert drawn.shape == (3, 40, 4) and "-1 … 2 (red above zero, blue below)" in html and "<span>h1</span>" in html
+    assert drawn.shape == (3, 40, 4) and "-1 … 2 (orange above zero, blue below)" in html and "<span>h1</span>" in html
     assert drawn[0, 0, 3] == 255 and drawn[0, 0, 0] > drawn[0, 0, 2]  # full red
     assert 100 < drawn[2, 39, 3] < 155 and drawn[2, 39, 2] > drawn[2, 39, 0]  # half blue
     assert drawn[1, 5, 0] == drawn[1, 5, 2] and drawn[1, 5, 3] > 0  # grey

@@ -416,7 +416,7 @@ def test_the_facts_of_a_query_stand_under_the_map():
     explorer = AttentionExplorer(synthetic_trace(97, seed=1))
     explorer.look(layer=1, head=0, token=80)
     assert "head 0" in explorer.facts.value and "It keeps 5 of 20 entries" in explorer.facts.value
-    assert "layer 3, too" in explorer.facts.value and "the query before, too" in explorer.facts.value
+    assert "layer 3 keeps" in explorer.facts.value and "the query before kept" in explorer.facts.value
     explorer.look(layer=0, token=80)
     assert "sink" in explorer.facts.value and "entries" not in explorer.facts.value
 

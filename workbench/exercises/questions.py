@@ -73,12 +73,13 @@ def _choice() -> float:
 
 def _choice_mistakes() -> tuple[Mistake, ...]:
     trace, ratio, kept = _recorded()
-    window = int(trace.config["sliding_window"])
+    window, asked = int(trace.config["sliding_window"]), int(trace.notes["look_at"]["token"])
     return (
         Mistake(trace.length, "Those are tokens. A compressed entry stands for several of them."),
         Mistake(kept, "That many are kept. The question is how many there are to choose among."),
         Mistake(trace.length // 128, "That is an HCA layer's number, where an entry stands for many more tokens."),
         Mistake((trace.length - window) // ratio, "Tokens of the window are in entries as well: do not take them off."),
+        Mistake((asked + 1) // ratio, "The table's row is of the token before: with the last token one block more is full."),
     )
 
 

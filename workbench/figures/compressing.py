@@ -158,18 +158,18 @@ def attention_split_chart(splits: Sequence[Split]) -> go.Figure:
     )
     for column, token in enumerate(tokens, start=1):
         mine = [split for split in splits if split.token == token]
-        rows = [f"{s.layer} {s.kind}, head {h}" for s in mine for h in range(len(s.shares))]
+        rows = [f"layer {s.layer} {s.kind}, head {h}" for s in mine for h in range(len(s.shares))]
         shares = np.concatenate([split.shares for split in mine])
         for place, (name, colour, pattern) in enumerate(PLACES):
             fig.add_bar(
                 y=rows, x=100 * shares[:, place], orientation="h", name=name, legendgroup=name, showlegend=column == 1,
                 marker=_marker(colour, pattern),
-                hovertemplate=f"layer %{{y}}: {name} %{{x:.1f}} %<extra></extra>", row=1, col=column,
+                hovertemplate=f"%{{y}}: {name} %{{x:.1f}} %<extra></extra>", row=1, col=column,
             )  # fmt: skip
         fig.update_xaxes(title="share (%)", range=[0, 101], row=1, col=column)
     most = max(sum(len(s.shares) for s in splits if s.token == t) for t in tokens)
     styled(fig, f"One softmax: where each head's attention goes<br>{chart_text(splits[0].label)}", height=190 + 20 * most)
-    fig.update_yaxes(autorange="reversed", title="layer", row=1, col=1)
+    fig.update_yaxes(autorange="reversed", row=1, col=1)
     fig.update_annotations(font={"size": 12, "color": GREY})
     return fig.update_layout(barmode="stack", bargap=0.15, legend=BELOW, margin={"t": 84, "b": 100})
 

@@ -22,7 +22,7 @@ QUALITIES = {
 }
 _RATIO_COLOURS = {2: SKY, 4: BLUE, 8: GREEN, 16: ORANGE}
 _SYMBOLS = {0.0: "circle", 0.5: "diamond", 1.0: "square"}
-_PLACES = {1: "bottom right", 16: "top right"}  # of a label: variants that differ in top-k alone often lie side by side
+_PLACES = {1: "bottom right", 16: "top right"}  # of a label: what differs in top-k (or Engram) alone is often side by side
 _PANELS = (("held", "bytes held"), ("read", "bytes read for one symbol"))
 
 
@@ -78,15 +78,15 @@ def frontier_chart(
         marker = {"symbol": symbol, "color": GREY, "size": 11, "line": {"width": 2, "color": GREY}}
         fig.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker, hoverinfo="skip")
     _floor(fig, points[0], quality)
-    styled(fig, _title(points, quality, length, storage), height=520)
+    styled(fig, _title(points, quality, length, storage), height=530)
     fig.update_xaxes(type="log")
     fig.update_yaxes(title=QUALITIES[quality][1], row=1, col=1)
     if quality == "text":
         fig.update_yaxes(autorange="reversed")
     else:
         fig.update_yaxes(range=[-4, 106])
-    legend = {"y": -0.17, "yanchor": "top"}
-    return fig.update_layout(legend=legend, margin={"b": 130})
+    below = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "normal"}
+    return fig.update_layout(legend=below, margin={"b": 140})
 
 
 def _place(group: list[Point], panel: str, quality: Quality, length: int, storage: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _markers(groups: list[list[Point]], places: list[dict[str, Any]], name: str,
         "name": name,
         "mode": "markers+text",
         "text": [f"k{v.topk}" if v.hca_share < 1 else "" for v in variants],
-        "textposition": [_PLACES.get(v.topk, "middle right") for v in variants],
+        "textposition": ["middle left" if v.engram else _PLACES.get(v.topk, "middle right") for v in variants],
         "textfont": {"size": 10, "color": GREY},
         "marker": {
             "symbol": symbols,

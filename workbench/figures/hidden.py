@@ -81,10 +81,11 @@ def break_even_html(
 ) -> str:
     """One line for each Engram layer and number of tokens, prefill before decode, one column a link or drive.
 
-    A cell has the share hidden and the stall; the last column what the copy alone would need. Colour repeats the share that is
-    not hidden. Each layer has the queue to itself. InputError for a setting that cannot be.
+    A column's head has what the link or drive gives, a cell the share hidden and the stall, the last column what the copy alone
+    would need. Colour repeats the share that is not hidden. Each layer has the queue to itself. InputError
+    for a setting that cannot be.
     """
-    head = "".join(f"<th scope='col'>{escape(way.title)}</th>" for way in ways)
+    head = "".join(f"<th scope='col'>{escape(way.title)}<small>{_rate(way)}</small></th>" for way in ways)
     body = ""
     for setting, tokens, what in ((prefill, chunks, "chunk of"), (decode, batches, "batch of")):
         lines = {(line.link, line.layer, line.tokens): line for line in _lines(setting, ways, tokens)}
@@ -113,6 +114,13 @@ def _lines(setting: Setting, ways: Sequence[Link | Drive], tokens: Sequence[int]
     return break_even_table(setting, setting.engram_layers, tokens, links) + break_even_table(
         host, setting.engram_layers, tokens, drives
     )
+
+
+def _rate(way: Link | Drive) -> str:
+    """What a large copy is taken to get of a link, or how many pages a drive reads."""
+    if isinstance(way, Link):
+        return f"{way.effective_bytes_per_s / 1e9:,.0f} GB/s"
+    return f"{way.reads_per_s / 1e6:,.1f} M reads/s"
 
 
 def _cell(line: BreakEven) -> str:

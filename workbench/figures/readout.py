@@ -46,8 +46,8 @@ def facts_line(facts: dict[str, Any], head: Head) -> str:
     if facts["kept"] is None:
         return line
     line += f" It keeps {facts['kept']} of {facts['visible']} entries"
-    also = [f"{facts['before']} of them the query before, too"] if facts["before"] is not None else []
-    also += [f"{count} of them layer {layer}, too" for layer, count in facts["layers"].items()]
+    also = [f"the query before kept {facts['before']} of them, too"] if facts["before"] is not None else []
+    also += [f"layer {layer} keeps {count} of them, too" for layer, count in facts["layers"].items()]
     return f"{line}{'; ' if also else ''}{'; '.join(also)}."
 
 

@@ -133,7 +133,7 @@ def _strip(value: Value) -> str:
     finite = rows[np.isfinite(rows)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     pooled = f", the largest of {factors[0]} × {factors[1]} places each" if factors != (1, 1) else ""
-    colours = "red above zero, blue below" if low < 0 else "the stronger the larger"
+    colours = "orange above zero, blue below" if low < 0 else "the stronger the larger"
     legend = f" <span class='range'>{low:.3g} … {high:.3g} ({colours}{pooled})</span></figcaption>"
     labels = ""
     if value.row_labels and len(value.row_labels) == len(shown):
@@ -162,7 +162,7 @@ def _pooled(rows: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def strip_png(rows: np.ndarray, largest: float) -> bytes:
-    """[rows, columns] as a PNG of one pixel each: red above zero, blue below, clear at zero, grey where infinite."""
+    """[rows, columns] as a PNG of one pixel each: orange above zero, blue below, clear at zero, grey where infinite."""
     level = np.round(np.clip(np.nan_to_num(rows, posinf=0.0, neginf=0.0) / (largest or 1.0), -1, 1) * 127).astype(int) + 127
     level[~np.isfinite(rows)] = 255
     palette, alpha = bytearray(), bytearray()
