@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import workbench as wb
 from tests.slow_reference import CONFIG, random_ids, random_model
+from tests.synthetic import synthetic_trace
 from workbench import beside
 from workbench.beside import dense_beside, record_text, with_window
 from workbench.errors import InputError, WorkbenchError
@@ -247,7 +248,7 @@ def test_progress_is_told_and_stop_ends_it():
         ({"window": 17}, "window must be 1 to 16"),
         ({"window": 0}, "window must be 1 to 16"),
         ({"topk": 0}, "topk must be positive"),
-        ({"pixels": 0}, "pixels must be at least 1"),
+        ({"pixels": 0}, "pixels must be from 1"),
     ],
 )
 def test_settings_that_cannot_be_get_one_clear_error(settings, message):
@@ -279,3 +280,31 @@ def test_a_text_too_short_to_leave_anything_out_misses_nothing():
     assert not found.layer_reuse and not found.step_reuse and found.layer(1).missed.max() == 0
     with pytest.raises(InputError, match="left an entry out"):
         wb.reuse_chart(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layers": 99}, "choose entries, got"),
+        ({"layers": ["a"]}, "whole number"),
+        ({"topk": 1.5}, "topk must be a whole number"),
+        ({"topk": "a"}, "topk must be a whole number"),
+        ({"pixels": 1.5}, "pixels must be a whole number"),
+        ({"pixels": 10**6}, "pixels must be from 1"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_refused_in_one_line(settings, words):
+    with pytest.raises(InputError, match=words):
+        dense_beside(wb.load("tiny-v4"), "Some words here. " * 8, **settings)
+
+
+def test_what_is_no_model_and_no_recording_is_refused():
+    for act in (dense_beside, wb.run, wb.record_text):
+        with pytest.raises(InputError, match="a model that wb.load gave"):
+            act(None, "text")
+    trace = synthetic_trace(20)
+    for pair in ((trace, None), (5, trace)):
+        with pytest.raises(InputError, match="two recordings"):
+            wb.compare_runs(*pair)
+    with pytest.raises(InputError, match="a model that wb.load gave"):
+        wb.Microscope(trace, model=5)

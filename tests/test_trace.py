@@ -356,6 +356,9 @@ def changed(array: np.ndarray, how: str) -> np.ndarray:
         ("layer.2.entry_probs", "not finite"),
         ("layer.1.selected_scores", "deeper"),
         ("layer.1.index_keys", "short"),
+        ("layer.1.index_keys", "not finite"),
+        ("top_probs", "not finite"),
+        ("span.times", "not finite"),
     ],
 )
 def test_arrays_that_no_figure_could_draw_are_refused(folder, name, how):
@@ -374,6 +377,9 @@ def test_entries_that_are_not_there_and_steps_out_of_order_are_refused(folder):
     manifest["layers"][1]["layer"] = 0
     assert "each layer once" in refused(rewrite(folder, manifest))
     assert "model of a trace is text" in refused(resave(folder, arrays, model=["x"]))
+    for timeline in ({"origin": 5}, {"origin": "guessed"}, {"device": None}):
+        said = {"origin": "measured", "device": "", "note": ""} | timeline
+        assert "whole steps and an origin" in refused(resave(folder, arrays, model="m", timeline=said))
 
 
 def test_half_a_character_in_a_text_is_kept_and_what_json_cannot_hold_leaves_the_earlier_trace(trace, tmp_path):

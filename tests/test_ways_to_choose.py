@@ -138,3 +138,20 @@ def test_the_chart_shows_every_mean_and_its_spread(curve):
     assert rows[1]["random: nats per missed entry"] == pytest.approx(curve["lost"]["random"][1].mean() / curve["left_out"][1])
     with pytest.raises(InputError, match="selection_curve"):
         selection_chart({"ks": []})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ks": 5}, "positive whole numbers"),
+        ({"lines": 1.5}, "lines must be a whole number"),
+        ({"tokens": None}, "tokens must be a whole number"),
+        ({"draws": "a"}, "draws must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number"),
+        ({"text": 5}, "of one length"),
+        ({"text": [[1, 2, 3]]}, "leave nothing to choose"),
+    ],
+)
+def test_what_no_curve_can_be_drawn_from_is_refused_in_one_line(settings, words):
+    with pytest.raises(InputError, match=words):
+        wb.selection_curve(wb.load("tiny-v4"), **settings)

@@ -113,7 +113,10 @@ class Attachment:
             return  # the model's own error is the clearer one
         mask, past = named.get("attention_mask"), named.get("past_key_values")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[0].all():
-            raise InputError("the first row of the batch is padded; give it alone, without padding, while attached")
+            raise InputError(
+                "the first row of the batch is padded, or holds the pad token, which generate takes for padding; give it "
+                "alone, with an attention_mask of ones, while attached"
+            )
         cached = int(past.get_seq_length()) if past is not None else 0
         if cached == 0:
             self._restart()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.differences import common_entries
-from workbench.errors import InputError, WorkbenchError
+from workbench.errors import InputError, WorkbenchError, whole_number
 from workbench.live import PREFILL_CHUNK, best_guesses, encode, token_texts
 from workbench.model.attention.core import attend, window_rows
 from workbench.model.attention.hybrid import Attention, AttentionInputs
@@ -34,6 +34,7 @@ from workbench.trace import INDEXING, OVERLAPPING, SELECTING, Trace
 
 BLOCK_VALUES = 2**21  # probabilities over window and entries worked out at once
 MAP_PIXELS = 520  # cells a side of a pooled picture, at most
+MOST_PIXELS = 2048  # of a side that may be asked for
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -123,13 +124,14 @@ def dense_beside(
     ids = encode(model, text)
     kinds = model.config.layer_kinds
     choosing = [layer for layer, kind in enumerate(kinds) if kind in SELECTING]
-    wanted = choosing if layers is None else list(dict.fromkeys(layers))
+    given = choosing if layers is None else layers if isinstance(layers, Sequence) else [layers]
+    wanted = list(dict.fromkeys(whole_number("a layer", layer) for layer in given))
     if not choosing:
         raise InputError(f"{model.name} attends to every token already: there is nothing sparse to compare; take another model")
     if not wanted or set(wanted) - set(choosing):
         raise InputError(f"layers {choosing} of {model.name} choose entries, got {list(wanted)}")
-    if pixels < 1:
-        raise InputError(f"pixels must be at least 1, got {pixels}")
+    if not 1 <= whole_number("pixels", pixels) <= MOST_PIXELS:
+        raise InputError(f"pixels must be from 1 to {MOST_PIXELS:,}, got {pixels}")
     model = with_window(model, window)
     listeners = {layer: _Layer(model, layer, len(ids), pixels if layer in wanted else 0) for layer in choosing}
     for later in wanted:
@@ -216,6 +218,8 @@ def _read(
     stop: Callable[[], bool] | None,
 ) -> tuple[Trace, KVCache]:
     """The recording of ``ids`` and the cache they left. WorkbenchError if ``stop`` says so or the output is not finite."""
+    if topk is not None:
+        whole_number("topk", topk)
     cache, recorder, guesses = model.new_cache(storage=storage), Recorder(model), []
     use_threads(threads_for_run())
     with recorder:

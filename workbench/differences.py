@@ -55,6 +55,8 @@ def settings_label(trace: Trace) -> str:
 
 def check_alike(a: Trace, b: Trace) -> None:
     """Raises InputError, saying what differs, unless both recordings are of the same tokens and of layers of one kind."""
+    if strange := [x for x in (a, b) if not isinstance(x, Trace)]:
+        raise InputError(f"two recordings (wb.Trace) are compared, got {strange[0]!r:.60}")
     if not a.length or not b.length:
         raise InputError("a recording without tokens cannot be compared; read a text first")
     if a.length != b.length:

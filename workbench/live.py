@@ -41,8 +41,15 @@ class RunEvent:
     text: str = ""  # of the new token
 
 
+def check_model(model: LanguageModel) -> None:
+    """InputError for what is no model of ours."""
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"expected a model that wb.load gave (wb.attach watches one of transformers), got {model!r:.60}")
+
+
 def encode(model: LanguageModel, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt. Raises InputError for an empty one, one the model cannot read, or one beyond its limit."""
+    check_model(model)
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt is empty; type some text")
@@ -98,6 +105,7 @@ class LiveRun:
         prefetch: str = "prefetch",
         record: bool = True,
     ) -> None:
+        check_model(model)
         if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise InputError(f"max_new_tokens must be 0 or more, got {max_new_tokens!r}")
         if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature < 0:

@@ -53,7 +53,7 @@ class Span:
     after: tuple[str, ...] = ()  # names of the spans it had to wait for
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.start_s <= self.end_s:
+        if not 0.0 <= self.start_s <= self.end_s < float("inf"):
             raise InputError(f"span {self.name!r} runs from {self.start_s} s to {self.end_s} s")
 
 

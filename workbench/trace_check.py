@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import get_args
 
 import numpy as np
 
 from workbench.errors import InputError
-from workbench.trace import ARRAYS, ATTENDING_TO_ALL, INDEXING, SELECTING, EngramTrace, LayerTrace, Trace
+from workbench.trace import ARRAYS, ATTENDING_TO_ALL, INDEXING, SELECTING, EngramTrace, LayerTrace, Origin, Timeline, Trace
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "window": (),
@@ -39,6 +40,7 @@ _KINDS: dict[str, Callable[[np.dtype], bool]] = {
     "real": lambda d: d.kind == "f",
     "whole": lambda d: d.kind == "i",
 }
+FINITE = ("index_queries", "index_weights", "index_keys", "gates")
 NOT_FINITE = 0x7C00  # the bits of a half-precision infinity; a NaN has more, less its sign
 
 
@@ -52,11 +54,14 @@ def check_loaded(trace: Trace) -> None:
     strange = [name for name in ("model", "what", "device", "storage") if not isinstance(getattr(trace, name), str)]
     if strange:
         raise InputError(f"{strange[0]} of a trace is text, got {getattr(trace, strange[0])!r:.40}")
+    _check_timeline(trace.timeline)
     per_step = {name: getattr(trace, name) for name in ARRAYS if name != "token_ids"}
     per_step |= {f"cache.{part}": held for part, held in trace.cache_bytes.items()}
     for name, held in {"token_ids": trace.token_ids, **per_step}.items():
         kind = "real" if name == "top_probs" else "whole"
         sides, rows = (2 if name.startswith("top_") else 1), length if name == "token_ids" else steps
+        if kind == "real" and not np.isfinite(held).all():
+            raise InputError(f"{name} of a trace holds what is no finite number")
         may_lack = name not in ("token_ids", "step_starts") and not name.startswith("cache.") and len(held) == 0
         if held.ndim != sides or not _KINDS[kind](held.dtype) or (len(held) != rows and not may_lack):
             raise InputError(f"{name} of a trace of {steps} steps has the shape {list(held.shape)} of {held.dtype}")
@@ -87,6 +92,14 @@ def check_loaded(trace: Trace) -> None:
                     raise InputError(f"layer {record.layer}: {name} names entries beyond its {record.entries}")
 
 
+def _check_timeline(timeline: Timeline) -> None:
+    origins = get_args(Origin)
+    texts = [timeline.device, timeline.note, *(text for s in timeline.spans for text in (s.lane, s.name, *s.after))]
+    named = timeline.origin in origins and all(s.origin in origins for s in timeline.spans)
+    if not named or not all(isinstance(x, str) for x in texts) or not all(type(s.step) is int for s in timeline.spans):
+        raise InputError(f"spans have names, whole steps and an origin ({', '.join(origins)}); save the trace again")
+
+
 def _check_array(name: str, value: np.ndarray, letters: str, kind: str, sizes: dict[str, int]) -> None:
     if value.ndim != len(letters) or not _KINDS[kind](value.dtype):
         raise InputError(f"{name} has {value.ndim} sides of {value.dtype}; expected [{', '.join(letters)}], {kind} numbers")
@@ -95,5 +108,7 @@ def _check_array(name: str, value: np.ndarray, letters: str, kind: str, sizes: d
             if letter == "L":
                 raise InputError(f"{name} has {side} rows for {sizes['L']} tokens")
             raise InputError(f"{name} has the shape {list(value.shape)}, but {letter} is {sizes[letter]}")
+    if name.split(": ")[1] in FINITE and not np.isfinite(value).all():
+        raise InputError(f"{name} holds what is no finite number")
     if kind == "half" and value.size and int((value.view(np.uint16) & 0x7FFF).max()) >= NOT_FINITE:
         raise InputError(f"{name} holds probabilities that are no finite numbers")

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.errors import InputError
+from workbench.errors import InputError, whole_number
+from workbench.live import check_model
 from workbench.microscope import closed_entries, keep_all, label, listened
 from workbench.model.indexer import Selection, keep_best
 from workbench.model.language_model import LanguageModel
@@ -54,14 +55,19 @@ def selection_curve(
     both over queries with more than k entries; "text", "lines", "draws", "tokens" counted and "label".
     Raises InputError for a model that chooses nothing and for ks, lines or texts that cannot be used.
     """
+    check_model(model)
     kinds = list(model.config.layer_kinds)
     layers = [layer for layer, kind in enumerate(kinds) if kind in INDEXING]
     if not layers:
         raise InputError(f"{model.name} attends to every token, so there is no choice to compare; take another model")
-    if min(lines, draws) < 1:
+    if min(whole_number("lines", lines), whole_number("draws", draws)) < 1:
         raise InputError(f"lines and draws must be at least 1, got {lines} and {draws}")
     ids, counted = _lines(model, text, lines, tokens, seed)
     ks = _ks(model, ks)
+    if (most := max(model.config.compress_ratios[x] for x in layers)) >= ids.shape[1]:
+        raise InputError(
+            f"lines of {ids.shape[1]} tokens leave nothing to choose where {most} make an entry; give longer lines"
+        )
     ratios = {layer: model.config.compress_ratios[layer] for layer in layers}
     attentions = {layer: model.blocks[layer].attn for layer in layers}
     everything = _losses(model, ids, counted, {attentions[x]: keep_all(ratios[x]) for x in layers})
@@ -118,15 +124,16 @@ def selection_curve(
 def _ks(model: LanguageModel, ks: Sequence[int] | None) -> Sequence[int]:
     if ks is None:
         ks = [2**i for i in range(model.config.index_topk.bit_length()) if 2**i <= model.config.index_topk]
-    if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
-        raise InputError(f"ks are positive whole numbers of entries to keep, got {list(ks)}")
+    if not isinstance(ks, Sequence) or not ks or any(not isinstance(k, int) or k < 1 for k in ks):
+        raise InputError(f"ks are positive whole numbers of entries to keep, got {ks!r:.60}")
     return ks
 
 
 def _lines(model: LanguageModel, text: Any, lines: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Token ids [B, T] and which of the T - 1 predictions count, [B, T - 1]."""
     if not isinstance(text, str):
-        if not text or len({len(line) for line in text}) != 1 or len(text[0]) < 2:
+        lists = isinstance(text, Sequence) and all(isinstance(line, Sequence) for line in text)
+        if not lists or not text or len({len(line) for line in text}) != 1 or len(text[0]) < 2:
             raise InputError("lines must be of one length, of at least two tokens")
         ids = torch.tensor([list(line) for line in text])
         return ids.to(model.device), torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
@@ -135,8 +142,8 @@ def _lines(model: LanguageModel, text: Any, lines: int, tokens: int, seed: int) 
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer; give lines of token ids as text")
     held_out = np.asarray(model.tokenizer.encode(sample_text()).ids, np.int64)
-    if not 2 <= tokens < len(held_out):
-        raise InputError(f"lines have from 2 to {len(held_out) - 1} tokens, got {tokens}")
+    if not 2 <= whole_number("tokens", tokens) < len(held_out) or whole_number("seed", seed) < 0:
+        raise InputError(f"lines have from 2 to {len(held_out) - 1} tokens and seeds begin at 0, got {tokens} and {seed}")
     if text == "held-out text":
         starts = np.linspace(0, len(held_out) - tokens - 1, lines).astype(int)
         ids = torch.from_numpy(np.stack([held_out[s : s + tokens] for s in starts]))

@@ -122,8 +122,8 @@ def test_the_strip_of_many_entries_shows_shares():
     selected = np.full((4096, 8), -1, np.int32)
     selected[4095] = [0, 1, 2, 3, 8, 100, 101, 1023]
     nothing = np.zeros((4096, 0, 0), np.float16), np.zeros((4096, 0), np.float16)
-    trace = replace(V4, layers=(LayerTrace(1, "csa", 4, *nothing, selected=selected),), token_ids=np.zeros(4096, np.int32))
-    trace = replace(trace, token_texts=("x",) * 4096)
+    layer = LayerTrace(1, "csa", 4, *nothing, selected=selected)
+    trace = replace(V4, layers=(layer,), token_ids=np.zeros(4096, np.int32), token_texts=("x",) * 4096)
     figure = query_strip(trace, 1, 4095)
     (bar,) = figure.data
     # 1,024 entries in at most MAX_POINTS bars of six: 0 to 3, then 8, then 100 and 101, and 1,023 among the last four

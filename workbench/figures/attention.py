@@ -120,7 +120,12 @@ def column_tokens(layer: LayerTrace, column: int) -> tuple[int, ...]:
 
 
 def cells_of(size: int, max_pixels: int) -> tuple[int, int, int]:
-    """A side of ``size`` rows or columns in at most ``max_pixels``: how many cells, of how many each, how many pixels large."""
+    """A side of ``size`` rows or columns in at most ``max_pixels``: how many cells, of how many each, how many pixels large.
+
+    Raises InputError unless ``max_pixels`` is a whole number from 1 to 4,096.
+    """
+    if not 1 <= whole_number("max_pixels", max_pixels) <= MOST_PIXELS:
+        raise InputError(f"max_pixels must be from 1 to {MOST_PIXELS:,}, got {max_pixels}")
     pool = -(-size // max_pixels)
     cells = -(-size // pool)
     return cells, pool, min(MAX_CELL_PIXELS, max_pixels // cells)
@@ -231,8 +236,6 @@ def _tile(
     check_head(record, head)
     if pool not in ("max", "mean"):
         raise InputError(f"pool is 'max' or 'mean', got {pool!r:.40}")
-    if not 1 <= whole_number("max_pixels", max_pixels) <= MOST_PIXELS:
-        raise InputError(f"max_pixels must be from 1 to {MOST_PIXELS:,}, got {max_pixels}")
     rows = checked_range("rows", rows, record.length)
     if step is not None:
         if not 0 <= whole_number("step", step) < trace.steps:

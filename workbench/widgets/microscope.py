@@ -38,6 +38,8 @@ class Microscope(ipw.VBox):
         self.session, self._model = session_of(source), model
         if self.model is None:
             raise InputError("a recording alone cannot be forked; give its model: wb.Microscope(trace, model=wb.load(...))")
+        if not hasattr(self.model, "blocks"):
+            raise InputError(f"expected a model that wb.load gave, got {self.model!r:.60}")
         self.change: Change | None = None
         self._choice: Choice | None = None
         self._forks: Forks | None = None
