@@ -188,6 +188,7 @@ def test_thumbnails_of_a_long_capture_look_at_some_queries_only():
 
     selected = np.zeros((20_000, 8), np.int32).view(Counting)
     nothing = np.zeros((20_000, 0, 0), np.float16), np.zeros((20_000, 0), np.float16)
-    trace = replace(V4, layers=(LayerTrace(1, "csa", 4, *nothing, selected=selected),), token_ids=np.zeros(20_000, np.int32))
+    layer = LayerTrace(1, "csa", 4, *nothing, selected=selected)
+    trace = replace(V4, layers=(layer,), token_ids=np.zeros(20_000, np.int32), token_texts=("x",) * 20_000)
     assert len(layer_thumbnails(trace)) == 1 and len(thumbnails(trace, 1)) == 1
     assert sum(reads) <= 2 * 20_000 * 8 / 40
