@@ -70,7 +70,7 @@ class TimelineView(ipw.VBox):
             self._drawn = (trace, step, token)
             chosen = f"step {step}: token {token:,}" if any(trace.token_texts) else f"step {step}"
             self.chart = overlap_chart(trace.timeline, step, chosen=chosen)
-            self.view.outputs = (as_output(self.chart, HINT if trace.steps > 1 else ""),)
+            self.view.outputs = (as_output(self.chart, self.session.click(HINT) if trace.steps > 1 else None),)
             self.numbers.value = f"<style>{CHART_CSS}</style><p>{escape(_run_numbers(trace))}</p>"
 
 
