@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 
 import pytest
@@ -14,7 +13,7 @@ from workbench.figures.picture import picture
 from workbench.trace import Span, Timeline
 from workbench.widgets.memory import KVCacheGrowth
 from workbench.widgets.render import CHART_MIME, ChartClicks
-from workbench.widgets.session import Session, session_of
+from workbench.widgets.session import Session
 from workbench.widgets.timeline import OverlapTimeline
 
 TRACE = synthetic_trace(47, prompt_length=31, prefill_chunk=13)
@@ -42,16 +41,25 @@ BAD = (
 def test_a_message_that_is_no_click_on_a_chart_changes_nothing(message):
     session = Session(TRACE)
     before = (session.token, session.step)
-    session.clicks._heard(session.clicks, message, [])  # raises nothing
+    mine = {"of": session.number}
+    session.clicks._heard(session.clicks, message | mine if isinstance(message, dict) else message, [])  # raises nothing
     assert (session.token, session.step) == before
-    session.clicks._heard(session.clicks, {"type": "click", "x": 3}, [])
+    session.clicks._heard(session.clicks, {"type": "click", "x": 3} | mine, [])
     assert session.token == 2 != before[0]
+
+
+@pytest.mark.parametrize("of", [None, "1", True, 0, -1, 10**9, [1]])
+def test_a_click_on_a_chart_of_nobody_changes_nothing(of):
+    session = Session(TRACE)
+    before = session.token
+    session.clicks._heard(None, {"type": "click", "of": of, "x": 3}, [])
+    assert session.token == before != 2
 
 
 def test_a_click_on_a_trace_without_tokens_or_steps_changes_nothing():
     alone = OverlapTimeline(Timeline("modelled", ())).on_show.session
     for message in ({"type": "click", "x": 1}, {"type": "click", "x": 1, "data": 0}):
-        alone.clicks._heard(alone.clicks, message, [])
+        alone.clicks._heard(alone.clicks, message | {"of": alone.number}, [])
     assert alone.step == 0
 
 
@@ -59,14 +67,17 @@ def test_a_click_on_a_run_at_work_holds_the_views_there_and_one_on_its_newest_st
     run = FakeRun(TRACE)
     growth = KVCacheGrowth(run)
     session = growth.session
-    click = session.clicks._heard
-    click(None, {"type": "click", "x": 33}, [])
+
+    def click(x):
+        session.clicks._heard(None, {"type": "click", "of": session.number, "x": x}, [])
+
+    click(33)
     assert not session.follow and (session.token, growth.step.value) == (32, 4)
     longer = synthetic_trace(50, prompt_length=31, prefill_chunk=13)
     run.becomes(trace=longer, kind="token")
     eventually(lambda: growth.step.max == longer.steps - 1, "the run goes on")
     assert growth.step.value == 4
-    click(None, {"type": "click", "x": 50}, [])
+    click(50)
     assert session.follow and session.token == 49
     run.becomes(state="done")
 
@@ -75,7 +86,7 @@ def test_the_chart_says_what_a_click_does_and_a_file_of_it_does_not():
     growth, timeline = KVCacheGrowth(TRACE), OverlapTimeline(TRACE)
     for view, anywhere in ((growth.view, True), (timeline.on_show.view, False)):
         layout = view.outputs[0]["data"][CHART_MIME]["layout"]
-        assert layout["meta"]["click"].startswith("Click") and layout["clickanywhere"] is anywhere
+        assert layout["meta"]["click"]["hint"].startswith("Click") and layout["clickanywhere"] is anywhere
     for fig in (growth.figure, timeline.figure):
         assert "Click" not in picture(fig).svg() and fig.layout.meta is None
 
@@ -92,14 +103,26 @@ def test_every_bar_of_the_timeline_knows_its_step():
     assert known[-1] == list(range(TRACE.steps)) and {n for bar in known[:-1] for n in bar} == {5}
 
 
-def test_all_views_of_a_session_share_one_listener_which_does_not_keep_the_session():
-    growth, timeline = KVCacheGrowth(TRACE), OverlapTimeline(TRACE)
-    session = session_of(TRACE)
-    assert session.clicks in growth.children and session.clicks in timeline.on_show.children
-    assert len(ChartClicks._esm) < 4_000 and len(json.dumps(session.clicks.get_state(["layout"]), default=str)) < 200
+def test_all_charts_share_one_listener_which_keeps_no_session():
+    growth, timeline = KVCacheGrowth(TRACE), OverlapTimeline(Timeline("measured", TRACE.timeline.spans))
+    one, other = growth.session, timeline.on_show.session
+    assert one.number != other.number and one.clicks is other.clicks
+    assert one.clicks in growth.children and one.clicks in timeline.on_show.children
+    assert len(ChartClicks._esm) < 4_000
+    before = one.token
+    one.clicks._heard(None, {"type": "click", "of": other.number, "x": 0, "data": 4}, [])
+    assert (one.token, other.step) == (before, 4)
     lone = Session(synthetic_trace(20))
-    clicks, gone = lone.clicks, weakref.ref(lone)
+    number, gone = lone.number, weakref.ref(lone)
     del lone
     gc.collect()
     assert gone() is None
-    clicks._heard(None, {"type": "click", "x": 3}, [])
+    one.clicks._heard(None, {"type": "click", "of": number, "x": 3}, [])
+    assert (one.token, other.step) == (before, 4)
+
+
+def test_the_listener_is_made_anew_once_all_widgets_were_closed():
+    first = Session(TRACE).clicks
+    first.close()
+    second = Session(TRACE).clicks
+    assert second is not first and second.comm is not None and Session(TRACE).clicks is second

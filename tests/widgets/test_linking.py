@@ -28,7 +28,7 @@ class Views:
 
     def click(self, x: Any, data: Any = None) -> None:
         """What the page sends of a click on a chart."""
-        self.session.clicks._handle_custom_msg({"type": "click", "x": x, "data": data}, [])
+        self.session.clicks._handle_custom_msg({"type": "click", "of": self.session.number, "x": x, "data": data}, [])
 
     def tokens(self) -> dict[str, int]:
         """What each view says the chosen token is."""

@@ -155,9 +155,9 @@ def test_an_own_export_comes_back_as_it_was_and_is_called_recorded():
 )
 def test_a_file_that_is_no_trace_is_one_line_and_changes_nothing(data, said):
     widget = OverlapTimeline(TRACE)
-    before = widget.figure
+    before = widget.on_show.chart
     give(widget, "../../mine.json", data)
-    assert said in widget.status.value and widget.figure is before and not widget.files.busy
+    assert said in widget.status.value and widget.on_show.chart is before and not widget.files.busy
 
 
 def test_a_file_given_up_midway_is_forgotten_and_one_too_large_is_refused(monkeypatch):

@@ -56,6 +56,6 @@ class KVCacheGrowth(ipw.VBox):
                 return
             self._drawn = wanted
             self.chart = kv_growth_chart(trace, step if trace.steps else None, log=self.scale.value, token=token)
-            self.view.outputs = (as_output(self.chart, HINT if trace.length else "", anywhere=True),)
+            self.view.outputs = (as_output(self.chart, self.session.click(HINT) if trace.length else None, anywhere=True),)
             told = kv_panel_html(trace, step) if trace.steps and trace.cache_bytes else ""
             self.panel.value = told or f"<p>{'No step' if not trace.steps else 'No cache'} was recorded.</p>"

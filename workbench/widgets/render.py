@@ -29,14 +29,17 @@ def script(name: str) -> str:
     return "".join((folder / part).read_text(encoding="utf-8") for part in ("keys.js", name))
 
 
-def as_output(fig: go.Figure | dict[str, Any], click: str = "", *, anywhere: bool = False) -> dict[str, Any]:
+def as_output(
+    fig: go.Figure | dict[str, Any], click: Mapping[str, Any] | None = None, *, anywhere: bool = False
+) -> dict[str, Any]:
     """A chart as a notebook output, for ``out.outputs = (as_output(fig),)``; also one of plain values and arrays.
 
-    ``click`` says what a click on one of its points does, for ``ChartClicks``, or with ``anywhere`` beside them, too.
+    ``click``, for ``ChartClicks``: what a click on one of its points does, "hint", and whom to tell, "of"; with ``anywhere``
+    also a click beside them.
     """
     chart = _sent(fig) if isinstance(fig, dict) else json.loads(fig.to_json())
     if click:  # an older plotly.py would refuse "clickanywhere" in a figure; an older plotly.js does without
-        chart["layout"] |= {"meta": {"click": click}, "clickanywhere": anywhere}
+        chart["layout"] |= {"meta": {"click": dict(click)}, "clickanywhere": anywhere}
     chart["config"] = {"displaylogo": False}  # "responsive" makes charts of a height given in pixels collapse to none at times
     title = (chart["layout"].get("title", {}).get("text") or "chart").replace("<br>", " ")
     return {"output_type": "display_data", "data": {CHART_MIME: chart, "text/plain": title}, "metadata": {}}
@@ -58,8 +61,9 @@ def _sent(value: Any) -> Any:
 class ChartClicks(anywidget.AnyWidget):
     """Hears clicks on the chart in the same box, if ``as_output`` was told what they do, and shows that as a hint.
 
-    ``clicked(x, data)`` gets where on the x axis it was and the point's ``customdata``, both numbers or None: nothing but x is
-    known of a place beside all points. Whatever else the page may send is dropped. One widget serves several boxes.
+    ``clicked(of, x, data)`` gets whom to tell, where on the x axis it was and the point's ``customdata``, both numbers or None:
+    nothing but x is known of a place beside all points. Whatever else the page may send is dropped. One widget serves all
+    boxes of a page; make it before the first chart: while a page takes in the script that draws them, it may give up another.
     """
 
     _esm = script("clicks.js")
@@ -68,14 +72,14 @@ class ChartClicks(anywidget.AnyWidget):
   font: 11px/1.5 var(--jp-ui-font-family, sans-serif); color: var(--jp-ui-font-color1, inherit)}
 """
 
-    def __init__(self, clicked: Callable[[float | None, float | None], None]) -> None:
+    def __init__(self, clicked: Callable[[float | None, float | None, float | None], None]) -> None:
         super().__init__()
         self._clicked = clicked
         self.on_msg(self._heard)
 
     def _heard(self, _: Any, message: Any, buffers: Any) -> None:
         if isinstance(message, Mapping) and message.get("type") == "click":
-            self._clicked(_number(message.get("x")), _number(message.get("data")))
+            self._clicked(*(_number(message.get(part)) for part in ("of", "x", "data")))
 
 
 def _number(value: Any) -> float | None:

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 import weakref
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import traitlets as tl
@@ -49,10 +50,9 @@ class Session(tl.HasTraits):
     def __init__(self, source: LiveRun | Trace) -> None:
         super().__init__()
         self.run: LiveRun | None = None
-        # For every chart of the session, and made before the first of them is drawn: while a page takes in what draws charts, a
-        # script that starts may be given up. What widgets hold stays for ever, so it does not hold the session.
-        clicked = weakref.WeakMethod(self._clicked)
-        self.clicks = ChartClicks(lambda x, step: method(x, step) if (method := clicked()) else None)
+        self.number = next(_NUMBERS)
+        _NUMBERED[self.number] = self
+        self.clicks = _clicks_of_all()
         self._painter: threading.Thread | None = None
         self._wake = threading.Event()
         self.charts_wait = False  # while a snapshot is published of which charts are left out; another one comes soon
@@ -111,7 +111,11 @@ class Session(tl.HasTraits):
             if self.trace.steps:
                 self.token = self.trace.step_end(step) - 1
 
-    def _clicked(self, tokens: float | None, step: float | None) -> None:
+    def click(self, hint: str) -> dict[str, Any]:
+        """What a chart that shows this session says of clicks on it."""
+        return {"hint": hint, "of": self.number}
+
+    def clicked(self, tokens: float | None, step: float | None) -> None:
         """A person clicked a chart: a step, or a number of tokens in the cache, the last of which is meant."""
         with self.lock:
             trace = self.trace
@@ -212,6 +216,23 @@ def resting_s(worked_s: float, took_s: float) -> float:
 def _first_layer(trace: Trace) -> int:
     """The layer that views open on: the first that chooses entries, if there is one."""
     return next((x.layer for x in trace.layers if x.indexes), trace.layers[0].layer)
+
+
+_NUMBERS = count(1)
+_NUMBERED: weakref.WeakValueDictionary[float, Session] = weakref.WeakValueDictionary()
+_CLICKS: list[ChartClicks] = []  # one for the charts of all sessions, made with the first
+
+
+def _clicks_of_all() -> ChartClicks:
+    if not _CLICKS or _CLICKS[0].comm is None:  # none yet, or somebody closed all widgets
+        _CLICKS[:] = [ChartClicks(_tell)]
+    return _CLICKS[0]
+
+
+def _tell(number: float | None, x: float | None, data: float | None) -> None:
+    session = _NUMBERED.get(number) if number is not None else None
+    if session is not None:
+        session.clicked(x, data)
 
 
 # A session holds its source, so a strong reference here would keep both for ever.

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
 import numpy as np
+import plotly.graph_objects as go
 
 from workbench import chrome_trace
 from workbench.errors import InputError, WorkbenchError
 from workbench.figures.style import CHART_CSS
-from workbench.figures.timeline import overlap_comparison, overlap_numbers, overlap_timeline
+from workbench.figures.timeline import overlap_chart, overlap_comparison, overlap_numbers
 from workbench.profile import Profile
 from workbench.trace import Timeline, Trace
 from workbench.widgets.files import TraceFiles
@@ -46,11 +47,15 @@ class TimelineView(ipw.VBox):
         self.session = session
         self.step = StepSlider(session)
         self.view, self.numbers = ipw.Output(), ipw.HTML()
-        self.figure: Any = None
+        self.chart: dict[str, Any] = {}
         self._drawn: tuple[Any, ...] = ()
         super().__init__([self.step, self.view, session.clicks, self.numbers])
         session.observe(self._redraw, names=["trace", "step", "token", "charts"])
         self._redraw()
+
+    @property
+    def figure(self) -> go.Figure:
+        return go.Figure(self.chart)
 
     @property
     def to_save(self) -> Timeline | Trace:
@@ -64,8 +69,8 @@ class TimelineView(ipw.VBox):
                 return
             self._drawn = (trace, step, token)
             chosen = f"step {step}: token {token:,}" if any(trace.token_texts) else f"step {step}"
-            self.figure = overlap_timeline(trace.timeline, step, chosen=chosen)
-            self.view.outputs = (as_output(self.figure, HINT if trace.steps > 1 else ""),)
+            self.chart = overlap_chart(trace.timeline, step, chosen=chosen)
+            self.view.outputs = (as_output(self.chart, self.session.click(HINT) if trace.steps > 1 else None),)
             self.numbers.value = f"<style>{CHART_CSS}</style><p>{escape(_run_numbers(trace))}</p>"
 
 
