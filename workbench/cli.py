@@ -322,7 +322,7 @@ def _import(options: argparse.Namespace) -> int:
     from workbench.profile import Profile, overlap_lines
 
     if not options.file.is_file():
-        raise InputError(f"no file {str(options.file)!r}: give what torch.profiler or wb.chrome_trace exported, or wb.capture saved")
+        raise InputError(f"no file {str(options.file)!r}: give an exported Chrome trace, or what wb.capture saved")
     if captures.is_capture(options.file):
         trace = captures.trace_of(options.file, options.preset, layers=options.layers)
         print("\n".join(captures.summary_lines(trace)))
