@@ -397,7 +397,7 @@ def test_a_trace_has_a_text_for_each_token(trace, texts):
         dataclasses.replace(trace, token_texts=texts)
 
 
-@pytest.mark.parametrize("path", [None, 5, b"x", "a\0b"])
+@pytest.mark.parametrize("path", [None, 5, b"x", "a\0b", ""])
 def test_what_is_no_path_is_refused(trace, path):
     for act in (Trace.load, trace.save):
         with pytest.raises(InputError, match="must be a path"):

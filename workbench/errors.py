@@ -26,7 +26,7 @@ def whole_number(name: str, given: Any) -> int:
 def given_path(name: str, given: Any) -> Path:
     """A path that was given as text or a Path; InputError for anything else."""
     try:
-        if "\0" not in os.fspath(given):
+        if os.fspath(given) and "\0" not in os.fspath(given):
             return Path(given)
     except TypeError:  # no path, or one of bytes
         pass

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import nbformat
 
+import workbench as wb
 from tests.browser.lab import ROOT, Browser, browse
+from tests.synthetic import synthetic_trace
 from workbench.export import MOST_BYTES, export
 
 EVIL = "<p id='evil'>shown</p><script>window.acted = 1</script><img src='{}' onerror='window.acted = 2'>"
@@ -86,3 +88,16 @@ def test_what_stands_in_outputs_cannot_act(driver, chromium_path, tmp_path):
             assert browser.page.locator("#evil").inner_text() == "shown"
             assert (browser.page.evaluate("window.acted") is None) is policy
         assert requests == ["/without.png"]
+
+
+def test_the_last_label_of_an_axis_is_not_cut_off(driver, chromium_path, tmp_path):
+    explorer = wb.AttentionExplorer(synthetic_trace(2048, kinds=("window", "csa"), heads=1, prefill_chunk=512))
+    explorer.look(1, token=2000)
+    target = wb.save_picture(explorer, tmp_path / "view.html")
+    with browse(driver, chromium_path, tmp_path) as browser:
+        browser.page.goto(target.as_uri())
+        cut = browser.page.evaluate(
+            """() => [...document.querySelectorAll(".wb-larger")].flatMap((box) => [...box.querySelectorAll("span")].filter(
+                (s) => s.getBoundingClientRect().right > box.getBoundingClientRect().right + 1).map((s) => s.textContent))"""
+        )
+        assert cut == []

@@ -168,8 +168,8 @@ class _Still:
         columns = _labels(state.get("column_labels"), f"{turned}top:4px;transform:translateX(-50%);left:")
         beside, under = f"margin-left:{left}ch", f"{below}ch" if upright else "1.5em"
         return (
-            '<div class="wb-picture" style="display:inline-block;font-size:11px;padding:4px 0">'
-            f"<div>{escape(str(state.get('row_title') or ''))} ↓</div>"
+            '<div class="wb-picture" style="display:inline-block;font-size:11px;padding:4px 4em 4px 0">'
+            f"<div style='margin-bottom:6px'>{escape(str(state.get('row_title') or ''))} ↓</div>"
             f'<div style="position:relative;{beside};width:{wide}px">'
             f'<div style="position:absolute;left:-{left}ch;width:{left}ch;top:0;height:100%">{rows}</div>'
             f"{shown}{_mark_line(state, high)}</div>"
