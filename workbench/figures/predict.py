@@ -29,7 +29,7 @@ def with_guess(fig: go.Figure, guess: float, unit: str = "", *, across: str = "y
         x=ends if across == "y" else values,
         y=values if across == "y" else ends,
         name=chart_text(name),
-        mode="lines+markers",
+        mode="lines" if len(ends) > 1 else "markers",  # a mark on the first and last bar would look like a guess about these
         line={"color": ORANGE, "width": 2, "dash": "dash"},
         marker={"symbol": "star", "size": 14, "color": ORANGE, "line": {"color": "#222222", "width": 1}},
         hovertemplate=chart_text(name) + "<extra></extra>",
