@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from tests.synthetic import synthetic_trace
+from workbench.decoded import decoded
 from workbench.errors import InputError
+from workbench.figures.query import query_strip
+from workbench.figures.text import text_view
 from workbench.trace import (
     ARRAYS_FILE,
     FULL_ROW_TOKENS,
@@ -392,9 +395,17 @@ def test_half_a_character_in_a_text_is_kept_and_what_json_cannot_hold_leaves_the
 
 
 @pytest.mark.parametrize("texts", [("a",) * 60, (None,) * 62, ("a",) * 60 + (b"b",)])
-def test_a_trace_has_a_text_for_each_token(trace, texts):
-    with pytest.raises(InputError, match="a text for each"):
-        dataclasses.replace(trace, token_texts=texts)
+def test_a_trace_made_by_hand_without_a_text_for_each_token_is_told_so(trace, texts, tmp_path):
+    odd = dataclasses.replace(trace, token_texts=texts)
+    for look in (
+        lambda: query_strip(odd, 1, 60),
+        lambda: text_view(odd, 1, "max", 30),
+        lambda: decoded(odd).find("a"),
+    ):
+        with pytest.raises(InputError, match="a text for each; that of token"):
+            look()
+    if b"b" not in texts:
+        refused(odd.save(tmp_path / "odd"))
 
 
 @pytest.mark.parametrize("path", [None, 5, b"x", "a\0b", ""])

@@ -56,6 +56,9 @@ class Decoded:
 
     def __init__(self, trace: Trace) -> None:
         self._texts = trace.token_texts[: trace.length]
+        if len(self._texts) < trace.length or not set(map(type, self._texts)) <= {str}:
+            texts = (*self._texts, None)
+            trace.token_text(next(t for t, text in enumerate(texts) if not isinstance(text, str)))
         self._spelled: dict[int, tuple[int, str]] = {}  # first token -> last token, text
         self._first: dict[int, int] = {}  # a later token of such a unit -> its first
         noted, end = trace.notes.get(NOTE), 0

@@ -309,12 +309,6 @@ class Trace:
     origin: Origin = "measured"
     notes: dict[str, Any] = field(default_factory=dict)  # plain values, e.g. where the needle was hidden
 
-    def __post_init__(self) -> None:
-        if len(self.token_texts) < self.length or not set(map(type, self.token_texts)) <= {str}:
-            strange = [text for text in self.token_texts if type(text) is not str]
-            held = f"{strange[0]!r:.40} among them" if strange else f"{len(self.token_texts)} texts"
-            raise InputError(f"a trace of {self.length} tokens has a text for each, got {held}; give strings, one a token")
-
     @property
     def length(self) -> int:
         """Tokens the model has processed; ``token_texts`` may hold one more, chosen and not yet fed back."""
@@ -331,6 +325,13 @@ class Trace:
     def step_of_token(self, t: int) -> int:
         """The step that processed token ``t``."""
         return int(np.searchsorted(self.step_starts, t, side="right")) - 1
+
+    def token_text(self, t: int) -> str:
+        """The text of token ``t``; InputError where a trace made by hand has none."""
+        text = self.token_texts[t] if t < len(self.token_texts) else None
+        if not isinstance(text, str):
+            raise InputError(f"a trace of {self.length} tokens has a text for each; that of token {t} is {text!r:.40}")
+        return text
 
     def layer(self, number: int) -> LayerTrace:
         if isinstance(number, int | np.integer):

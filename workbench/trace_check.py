@@ -49,6 +49,10 @@ def check_loaded(trace: Trace) -> None:
     length, steps = trace.length, trace.steps
     if type(trace.prompt_length) is not int or not 0 <= trace.prompt_length <= length:
         raise InputError(f"a trace of {length} tokens has prompt_length {trace.prompt_length!r:.40}")
+    if len(trace.token_texts) < length or not set(map(type, trace.token_texts)) <= {str}:
+        raise InputError(
+            f"a trace of {length} tokens has a text for each, got {len(trace.token_texts)}, or one that is no text"
+        )
     if not isinstance(trace.config, dict) or not isinstance(trace.notes, dict):
         raise InputError("config and notes of a trace are objects; save it again")
     strange = [name for name in ("model", "what", "device", "storage") if not isinstance(getattr(trace, name), str)]

@@ -192,3 +192,18 @@ def test_thumbnails_of_a_long_capture_look_at_some_queries_only():
     trace = replace(V4, layers=(layer,), token_ids=np.zeros(20_000, np.int32), token_texts=("x",) * 20_000)
     assert len(layer_thumbnails(trace)) == 1 and len(thumbnails(trace, 1)) == 1
     assert sum(reads) <= 2 * 20_000 * 8 / 40
+
+
+def test_a_tile_of_many_queries_touches_each_kept_entry_and_not_each_cell_of_each_query(monkeypatch):
+    """Work grows with the entries that were kept: chunks hold so many of these, whatever the width of the picture."""
+    taken = []
+    bincount = np.bincount
+    monkeypatch.setattr(np, "bincount", lambda x, *a, **k: taken.append(len(x)) or bincount(x, *a, **k))
+    length, few = 65_536, 2
+    selected = np.full((length, few), -1, np.int32)
+    selected[-1] = (0, 5)
+    nothing = np.zeros((length, 0, 0), np.float16), np.zeros((length, 0), np.float16)
+    trace = replace(V32, layers=(LayerTrace(0, "mla-dsa", 1, *nothing, selected=selected),))
+    trace = replace(trace, token_ids=np.zeros(length, np.int32), token_texts=("x",) * length)
+    tile = attention_tile(trace, 0)
+    assert taken == [length * few] and tile.values[-1, 0] > 0 == tile.values[:-1].max()

@@ -21,7 +21,7 @@ def axis_labels(trace: Trace, tile: Tile, height: int, width: int) -> tuple[list
     def name(column: int, with_text: bool, length: int) -> str:
         if column >= length:  # where all columns are entries the title says so
             return f"entry {column - length}" if length else str(column)
-        return f"{column} {style.visible_text(trace.token_texts[column], 10)}" if with_text else str(column)
+        return f"{column} {style.visible_text(trace.token_text(column), 10)}" if with_text else str(column)
 
     sides = []
     of_columns = tile.layer.length if tile.composite else token_columns(tile.layer)

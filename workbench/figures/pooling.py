@@ -213,7 +213,9 @@ def selected_shares(
     left = columns[0] + pooling[1] * np.arange(width)
     right = np.minimum(left + pooling[1], columns[1])
     kept_pairs, pairs = np.zeros(height * width, np.int64), np.zeros((height, width), np.int64)
-    size = every * max(1, CHUNK_VALUES // max(record.selected.shape[1], width))
+    if every == 1:
+        pairs = _drawn_pairs(record, rows, left, right, pooling[0], each)
+    size = every * max(1, CHUNK_VALUES // max(1, record.selected.shape[1]))
     for start in range(rows[0], rows[1], size):
         t = np.arange(start, min(start + size, rows[1]), every)
         cells = (t - rows[0]) // pooling[0]
@@ -238,10 +240,26 @@ def selected_shares(
                 one, last, at = stop[more], last[more], at[more]
         flat = np.where(inside, row + cell, count)  # the last for what is not drawn
         kept_pairs[begun : begun + count] += each * np.bincount(flat.reshape(-1), minlength=count + 1)[:count]
+        if every == 1:
+            continue
         edges = np.flatnonzero(np.diff(cells, prepend=-1))  # where a new row of cells begins
         seen = np.clip(np.minimum(right, each * ((t + 1) // record.ratio)[:, None]) - left, 0, None)
         pairs[cells[edges]] += np.add.reduceat(seen, edges, axis=0)
     return (kept_pairs.reshape(height, width) / np.maximum(pairs, 1)).astype(np.float32)
+
+
+def _drawn_pairs(record: LayerTrace, rows: Range, left: np.ndarray, right: np.ndarray, pool: int, each: int) -> np.ndarray:
+    """How many pairs (query, column of a complete entry) a cell holds, [h, w]; an entry is drawn over ``each`` columns."""
+    top = np.arange(rows[0], rows[1], pool)[:, None]
+    bottom = np.minimum(top + pool, rows[1])
+    closed = np.append(0, np.cumsum((np.arange(record.length) + 1) // record.ratio))  # summed over the queries before one
+
+    def before(edge: np.ndarray) -> np.ndarray:
+        """Such pairs left of ``edge``, all queries of the cell together."""
+        all_from = np.clip(-(-edge // each) * record.ratio - 1, top, bottom)  # the first query that sees all of them
+        return each * (closed[all_from] - closed[top]) + edge * (bottom - all_from)
+
+    return np.asarray(before(right) - before(left))
 
 
 def chunks(record: LayerTrace, rows: Range) -> Iterator[Range]:

@@ -54,12 +54,12 @@ def describe(trace: Trace, layer: int, head: Head, row: int, column: int) -> dic
         "layer_kind": record.kind,
         "head": head,
         "query": row,
-        "query_text": trace.token_texts[row],
+        "query_text": trace.token_text(row),
         "column": column,
         "column_kind": "window token" if entry is None else entry_name(record),
         "entry": entry,
         "sources": sources,
-        "source_texts": tuple(trace.token_texts[t] for t in sources),
+        "source_texts": tuple(trace.token_text(t) for t in sources),
         "visible": row - record.window < column <= row if entry is None else entry < closed,
         "visible_entries": closed,
         "probability": None if record.selection_only else 0.0,
@@ -224,7 +224,7 @@ def strip_chart(trace: Trace, layer: int, token: int, head: Head = "max") -> dic
         data += _selected_bars(record, token, layout)
     else:
         data += _prob_bars(record, token, head, layout, "2" if indexed else "")
-    text = style.visible_text(trace.token_texts[token])
+    text = style.visible_text(trace.token_text(token))
     heading = f"layer {layer} ({describe_layer(record)}), {describe_head(record, head)}: query token {token} “{text}”"
     lines = [*wrap(trace.label, TITLE_WIDTH), *wrap(heading, TITLE_WIDTH)]
     above = 14 + 17 * len(lines) + 62  # the title and three lines of legend
