@@ -26,6 +26,7 @@ ALLOWED = {
     "scoring": {"numpy"},
     "trace": {"numpy"},
     "trace_check": {"numpy"},
+    "trace_files": {"numpy"},
     "decoded": set(),
     "captures": {"numpy", "tokenizers"},
     "ask_server": set(),

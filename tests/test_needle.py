@@ -14,7 +14,8 @@ from workbench.checkpoint import load, shipped_names
 from workbench.errors import InputError, WorkbenchError
 from workbench.live import encode, run
 from workbench.needle import chance, find_needle, hide_needle, needle_rates, needle_trials, sample_text, untrained_twin
-from workbench.trace import SHIPPED, Trace
+from workbench.trace import Trace
+from workbench.trace_files import SHIPPED
 from workbench.training import sample, score, tasks
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60

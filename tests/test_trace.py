@@ -18,17 +18,8 @@ from workbench.decoded import decoded
 from workbench.errors import InputError
 from workbench.figures.query import query_strip
 from workbench.figures.text import text_view
-from workbench.trace import (
-    ARRAYS_FILE,
-    FULL_ROW_TOKENS,
-    MANIFEST_FILE,
-    MAX_BYTES,
-    Span,
-    Timeline,
-    Trace,
-    entry_pooling,
-    shipped_traces,
-)
+from workbench.trace import FULL_ROW_TOKENS, Span, Timeline, Trace, entry_pooling
+from workbench.trace_files import ARRAYS_FILE, MANIFEST_FILE, MAX_BYTES, shipped_traces
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +483,7 @@ def test_steps_partition_the_tokens(trace):
 
 
 def test_shipped_recordings_are_found_by_how_their_names_begin(tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.trace.SHIPPED", tmp_path)
+    monkeypatch.setattr("workbench.trace_files.SHIPPED", tmp_path)
     assert shipped_traces() == ()
     for name in ("cuda-b", "cuda-a", "needle", "[x]"):
         synthetic_trace(11).save(tmp_path / name)

@@ -120,7 +120,7 @@ _HOME = {
     "TrainYourOwn": "widgets.frontier",
     "engram_effect": "engram",
     "engram_off": "model.engram",
-    "shipped_traces": "trace",
+    "shipped_traces": "trace_files",
     "KVCacheGrowth": "widgets.memory",
     "OverlapTimeline": "widgets.timeline",
     "OverlapWhatIf": "widgets.whatif",

@@ -197,7 +197,7 @@ def _lab(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     """Run the model in the background, show how far it is, print the answer and save the trace."""
     import workbench as wb
-    from workbench.trace import MANIFEST_FILE
+    from workbench.trace_files import MANIFEST_FILE
 
     prompt, out = _prompt(options.prompt), options.out
     if out.is_file():

@@ -9,8 +9,9 @@ from typing import get_args
 import numpy as np
 
 from workbench.errors import InputError
-from workbench.trace import ARRAYS, ATTENDING_TO_ALL, INDEXING, SELECTING, EngramTrace, LayerTrace, Origin, Timeline, Trace
+from workbench.trace import ATTENDING_TO_ALL, INDEXING, SELECTING, EngramTrace, LayerTrace, Origin, Timeline, Trace
 
+ARRAYS = ("token_ids", "step_starts", "cache_reserved", "top_ids", "top_probs", "next_ids")  # of a trace, whatever its layers
 NEEDED: dict[str, tuple[str, ...]] = {
     "window": (),
     **dict.fromkeys(SELECTING, ("selected", "selected_scores", "selected_probs")),

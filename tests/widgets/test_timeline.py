@@ -229,7 +229,7 @@ def test_an_experiment_shows_its_runs_and_the_two_that_matter_side_by_side(ahead
     assert "saves 2.00 ms of 5.00 ms" in title(widget)
     assert (
         "1 - stall / lookup: 67%" in widget.on_show.numbers.value
-        and "saved, of what could be: 50%" in widget.on_show.numbers.value
+        and "saved, of the shorter of compute and lookup run alone: 50%" in widget.on_show.numbers.value
     )
     widget.shown.value = ahead
     assert "2.00 ms hidden (67%)" in title(widget)

@@ -14,7 +14,8 @@ from workbench.checkpoint import load, shipped_names
 from workbench.errors import WorkbenchError
 from workbench.live import run
 from workbench.needle import find_needle, hide_needle, sample_text
-from workbench.trace import SHIPPED, Trace
+from workbench.trace import Trace
+from workbench.trace_files import SHIPPED
 
 MODEL, TOKENS, DEPTH = "tiny-v4", 320, 0.25
 MAX_BYTES = 500_000

@@ -322,7 +322,10 @@ def _named(timelines: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _fractions(result: Any) -> str:
-    parts = {"hidden, 1 - stall / lookup": "hidden_fraction", "saved, of what could be": "saved_fraction"}
+    parts = {
+        "hidden, 1 - stall / lookup": "hidden_fraction",
+        "saved, of the shorter of compute and lookup run alone": "saved_fraction",
+    }
     found = {text: getattr(result, name, None) for text, name in parts.items()}
     return "; ".join(
         f"{text}: {value:.0%}" for text, value in found.items() if isinstance(value, int | float) and value == value
