@@ -456,9 +456,13 @@ def test_entries_know_their_tokens(trace):
         trace.layer(9)
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 5, 16, 64])
-def test_index_scores_worked_out_in_pieces_of_any_size_are_the_formula(monkeypatch, trace, at_once):
-    monkeypatch.setattr("workbench.scoring.AT_ONCE", at_once)
+@pytest.mark.parametrize(
+    ("at_once", "together", "stretch"), [(1, 1, 1), (2, 6, 5), (4, 8, 64), (4, 4, 7), (5, 5, 2), (64, 64, 64)]
+)
+def test_index_scores_worked_out_in_pieces_of_any_size_are_the_formula(monkeypatch, trace, at_once, together, stretch):
+    for name, entries in (("AT_ONCE", at_once), ("TOGETHER", together), ("STRETCH", stretch)):
+        monkeypatch.setattr(f"workbench.scoring.{name}", entries)
+    monkeypatch.setattr("workbench.scoring.os.cpu_count", lambda: 3)
     csa = trace.layer(1)
     for t in (0, 3, 19, 35, 60):
         keys = csa.index_keys[: csa.visible_entries(t)].astype(np.float64)

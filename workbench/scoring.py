@@ -1,13 +1,20 @@
 """Index scores of one query over any number of compressed entries, from what a run recorded. Knows numpy alone.
 
-Over a hundred thousand entries it is a matter of reading their keys once, as fast as memory gives them.
+Over a hundred thousand entries it is a matter of reading their keys once, as fast as memory gives them: a thread for each
+long stretch of entries, and small products, so that the BLAS library behind numpy starts no threads of its own. Those go on
+spinning for a while after each product and take the cores from whatever comes next.
 """
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
-AT_ONCE = 8192  # entries: few enough that their products stay in a cache
+STRETCH = 65536  # entries worth a thread
+TOGETHER = 16384  # entries whose products are made, rectified and summed in turn, and stay in a cache meanwhile
+AT_ONCE = 1024  # entries of one product
 
 
 def index_scores(query: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -17,13 +24,30 @@ def index_scores(query: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np
     """
     query, weights = np.ascontiguousarray(query.T, np.float32), weights.astype(np.float32)  # [Di, Hi], [Hi]
     scores = np.empty(len(keys), np.float32)
+    threads = max(1, min(len(keys) // STRETCH, os.cpu_count() or 1))
+    edges = [len(keys) * i // threads for i in range(threads + 1)]
+    parts = [(keys[first:last], scores[first:last]) for first, last in zip(edges, edges[1:], strict=False)]
+    if threads == 1:
+        _score(query, weights, *parts[0])
+    else:
+        with ThreadPoolExecutor(threads - 1, thread_name_prefix="index-scores") as pool:
+            others = [pool.submit(_score, query, weights, *part) for part in parts[1:]]
+            _score(query, weights, *parts[0])
+            for other in others:
+                other.result()
+    return scores
+
+
+def _score(query: np.ndarray, weights: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> None:
     # One buffer for all products: memory fresh from the system, page by page, would take a third of the time. And zeros to
     # rectify against: with a single zero numpy takes four times as long.
-    room, zeros = np.empty((2, min(AT_ONCE, len(keys)), len(weights)), np.float32)
-    zeros[:] = 0.0
-    for start in range(0, len(keys), AT_ONCE):
-        part = keys[start : start + AT_ONCE].astype(np.float32, copy=False)
-        products = np.matmul(part, query, out=room[: len(part)])
-        np.maximum(products, zeros[: len(part)], out=products)
-        np.matmul(products, weights, out=scores[start : start + AT_ONCE])
-    return scores
+    room, zeros = np.empty((min(TOGETHER, len(keys)), len(weights)), np.float32), np.zeros((AT_ONCE, len(weights)), np.float32)
+    for start in range(0, len(keys), TOGETHER):
+        part, out = keys[start : start + TOGETHER].astype(np.float32, copy=False), scores[start : start + TOGETHER]
+        whole = len(part) - len(part) % AT_ONCE
+        for size, first, last in ((AT_ONCE, 0, whole), (len(part) - whole, whole, len(part))):
+            if first < last:
+                products = room[first:last].reshape(-1, size, len(weights))
+                np.matmul(part[first:last].reshape(-1, size, part.shape[1]), query, out=products)
+                np.maximum(products, zeros[:size], out=products)
+                np.matmul(products, weights, out=out[first:last].reshape(-1, size))
