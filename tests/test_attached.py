@@ -227,6 +227,28 @@ def test_a_mask_without_its_name_dropout_and_a_tokenizer_that_cannot_decode_are_
         wb.attach(model.eval(), "a name")
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_of_the_callers_own_may_hide_tokens_but_not_show_later_ones(transformers_oracle, additive):
+    model = tiny(transformers_oracle, "Qwen3")
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    for seen, refused in (
+        (causal, False),
+        (causal.tril(-1).logical_or(torch.eye(6).bool()), False),
+        (causal.logical_not(), True),
+    ):
+        mask = seen[None, None]
+        if additive:
+            mask = torch.zeros(1, 1, 6, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
+        with wb.attach(model) as attached:
+            if refused:
+                with pytest.raises(InputError, match="lets tokens see later ones"):
+                    model(drawn(6, 50), attention_mask=mask)
+            else:
+                model(drawn(6, 50), attention_mask=mask)
+                assert attached.length == 6
+    assert not hooks(model)
+
+
 def test_another_thread_and_models_that_are_not_known(transformers_oracle, tmp_path: Path):
     import threading
 

@@ -152,8 +152,11 @@ def test_unlike_recordings_are_refused_with_what_differs(runs):
         ({"layer": 7}, "got 7"),
         ({"layer": 1, "head": 9}, "heads 0..3"),
         ({"layer": 1, "rows": (5, 5)}, "non-empty"),
-        ({"layer": 1, "max_pixels": 0}, "at least 1"),
+        ({"layer": 1, "max_pixels": 0}, "from 1 to"),
+        ({"layer": 1, "max_pixels": "wide"}, "must be a whole number"),
         ({"layer": 1, "limit": 0.0}, "above 0"),
+        ({"layer": 1, "limit": "a"}, "above 0 and at most 1, got 'a'"),
+        ({"layer": "first"}, "layer"),
     ):
         with pytest.raises(InputError, match=message):
             wb.difference_tile(*runs, **settings)

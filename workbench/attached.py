@@ -118,6 +118,13 @@ class Attachment:
                 "alone, with an attention_mask of ones, while attached"
             )
         cached = int(past.get_seq_length()) if past is not None else 0
+        if isinstance(mask, Tensor) and mask.dim() == 4:  # [B, 1, T, S], made by the caller: True or 0 where something is seen
+            seen = mask[0] if mask.dtype == torch.bool else mask[0] == 0
+            if seen.triu(cached + 1).any():
+                raise InputError(
+                    "the attention_mask lets tokens see later ones, which a recording has no place for; leave it out, or hide "
+                    "all tokens after each one, while attached"
+                )
         if cached == 0:
             self._restart()
         elif cached != self.length or self._new is not None:

@@ -77,10 +77,8 @@ def difference_tile(
     check_alike(a, b)
     one, other = a.layer(layer), b.layer(layer)
     check_head(one, head)
-    if max_pixels < 1:
-        raise InputError(f"max_pixels must be at least 1, got {max_pixels}")
-    if limit is not None and not 0 < limit <= 1:
-        raise InputError(f"limit is a difference of probabilities, above 0 and at most 1, got {limit}")
+    if limit is not None and not (isinstance(limit, int | float) and 0 < limit <= 1):
+        raise InputError(f"limit is a difference of probabilities, above 0 and at most 1, got {limit!r:.40}")
     rows, columns = checked_range("rows", rows, one.length), checked_range("columns", columns, one.length)
     sides = [cells_of(stop - start, max_pixels) for start, stop in (rows, columns)]
     pooling, scale = (sides[0][1], sides[1][1]), (sides[0][2], sides[1][2])
