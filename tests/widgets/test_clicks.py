@@ -121,7 +121,8 @@ def test_all_charts_share_one_listener_which_keeps_no_session():
     assert (one.token, other.step) == (before, 4)
 
 
-def test_the_listener_is_made_anew_once_all_widgets_were_closed():
+def test_the_listener_is_made_anew_once_all_widgets_were_closed(monkeypatch):
+    monkeypatch.setattr("workbench.widgets.session._CLICKS", [])  # views of other tests keep theirs
     first = Session(TRACE).clicks
     first.close()
     second = Session(TRACE).clicks
