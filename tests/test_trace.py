@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import threading
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.synthetic import synthetic_trace
+from workbench import scoring
 from workbench.decoded import decoded
 from workbench.errors import InputError
 from workbench.figures.query import query_strip
@@ -469,6 +471,22 @@ def test_index_scores_worked_out_in_pieces_of_any_size_are_the_formula(monkeypat
         products = np.maximum(np.einsum("hd,sd->sh", csa.index_queries[t].astype(np.float64), keys), 0)
         expected = products @ csa.index_weights[t].astype(np.float64)
         np.testing.assert_allclose(csa.index_scores(t), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_fails_in_a_thread_of_the_scores_is_raised_where_they_were_asked_for(monkeypatch, trace):
+    monkeypatch.setattr("workbench.scoring.STRETCH", 2)
+    monkeypatch.setattr("workbench.scoring.os.cpu_count", lambda: 3)
+    csa, caller, real = trace.layer(1), threading.current_thread(), scoring._score
+
+    def lacking(*arguments: Any) -> None:
+        if threading.current_thread() is not caller:
+            raise MemoryError("no room")
+        real(*arguments)
+
+    monkeypatch.setattr(scoring, "_score", lacking)
+    with pytest.raises(MemoryError, match="no room"):
+        csa.index_scores(60)
+    assert not [t for t in threading.enumerate() if t.name == "index-scores"]
 
 
 def test_pooling_is_the_least_power_of_two_that_keeps_a_row_short():
