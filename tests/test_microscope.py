@@ -137,6 +137,8 @@ def test_a_reusing_layer_is_edited_alone_and_a_choosing_one_hands_its_edit_on():
         (Edit(CSA, QUERY, force=(1, 1)), None, "named once"),
         (Edit(CSA, QUERY, drop=None), None, "a tuple of entries"),
         (Edit(CSA, QUERY, drop=("a",)), None, "cannot be dropped"),
+        (Edit(CSA, QUERY, drop=(3, np.int64(3))), None, "each entry can be named once"),
+        (Edit(CSA, QUERY, force=("a",)), None, "an entry to force must be a whole number"),
         (Edit(CSA, 1.5), None, "query must be a whole number"),
         (Edit(CSA, QUERY), "a", "read_at must be a whole number"),
     ],

@@ -182,11 +182,11 @@ class Forks:
         for name, entries in (("drop", edit.drop), ("force", edit.force)):
             if not isinstance(entries, list | tuple):
                 raise InputError(f"{name} is a tuple of entries, got {entries!r:.60}")
-            if len(set(map(repr, entries))) < len(entries):
+            if any(entry in entries[:i] for i, entry in enumerate(entries)):
                 raise InputError(f"each entry can be named once, got {name}={entries}")
         if strange := [e for e in edit.drop if e not in kept]:
             raise InputError(f"{where} keeps entries {sorted(kept)}, so {strange} cannot be dropped; drop one of those")
-        if strange := [e for e in edit.force if not 0 <= e < visible]:
+        if strange := [e for e in edit.force if not 0 <= whole_number("an entry to force", e) < visible]:
             raise InputError(f"{where} may look at entries 0..{visible - 1}, so {strange} cannot be forced in")
         if twice := [e for e in edit.force if e in kept]:
             raise InputError(f"{where} keeps entries {twice} already; force in one that it left out")
