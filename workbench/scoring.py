@@ -8,6 +8,7 @@ spinning for a while after each product and take the cores from whatever comes n
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from threading import Thread
 
 import numpy as np
@@ -26,7 +27,7 @@ def index_scores(query: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np
     scores = np.empty(len(keys), np.float32)
     threads = max(1, min(len(keys) // STRETCH, os.cpu_count() or 1))
     edges = [len(keys) * i // threads for i in range(threads + 1)]
-    parts = [(keys[first:last], scores[first:last]) for first, last in zip(edges, edges[1:], strict=False)]
+    parts = [(keys[first:last], scores[first:last]) for first, last in pairwise(edges)]
     failed: list[BaseException] = []
 
     def score(part: tuple[np.ndarray, np.ndarray]) -> None:
